@@ -1,0 +1,182 @@
+"""Frames: bytes to maps and back, without a socket.
+
+A frame is an unsigned 32-bit big-endian length N, then N bytes of one msgpack map with string keys.
+Every rule about bytes is here and nowhere else: sizes, nesting, duplicate keys, NaN, extension types.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+MAX_REQUEST_BYTES = 64 * 1024
+MAX_REPLY_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 8
+# A list in a request holds at most this many items: nested headers each claim memory before they are filled
+# (1,000 nested headers of 64 Ki items cost 78 MB), and no request needs more.
+MAX_REQUEST_ITEMS = 1024
+
+_HEADER = struct.Struct(">I")
+
+
+class FrameError(WhisperdError):
+    """These bytes are no frame: the stream cannot be read on and its connection must be closed."""
+
+
+def encode_body(message: Mapping[str, Any]) -> bytes:
+    """Return `message` as msgpack, without the length."""
+    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    return packed
+
+
+def encode_frame(message: Mapping[str, Any]) -> bytes:
+    """Return one whole frame."""
+    body = encode_body(message)
+    return _HEADER.pack(len(body)) + body
+
+
+class Raw(bytes):
+    """A value that is msgpack already, spliced into a frame as it is (a stored transcript is never unpacked)."""
+
+
+def encode_frame_parts(message: Mapping[str, Any]) -> list[bytes]:
+    """Return one frame as a list of buffers, where `Raw` values at depth 1 or 2 are passed through uncopied."""
+    parts: list[bytes] = []
+    _pack_map(message, parts, depth=2)
+    return [_HEADER.pack(sum(map(len, parts))), *parts]
+
+
+def _pack_map(message: Mapping[str, Any], parts: list[bytes], *, depth: int) -> None:
+    parts.append(msgpack.Packer().pack_map_header(len(message)))
+    for key, value in message.items():
+        parts.append(msgpack.packb(key))
+        if isinstance(value, Raw):
+            parts.append(value)
+        elif isinstance(value, Mapping) and depth > 1:
+            _pack_map(value, parts, depth=depth - 1)
+        else:
+            parts.append(msgpack.packb(value, use_bin_type=True))
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code} is not allowed")
+
+
+def _unique_pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError("a key is not a string")
+        if key in result:
+            raise ValueError(f"key {key!r} stands there twice")
+        result[key] = value
+    return result
+
+
+def _check_value(value: Any, depth: int) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a number is not finite")
+    elif isinstance(value, dict | list):
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_value(item, depth + 1)
+
+
+def parse_body(body: bytes, *, trusted: bool = False) -> dict[str, Any]:
+    """Return the map that `body` holds.
+
+    `trusted` is for what the daemon and its helpers send (long lists of segments); requests come with small limits.
+    Raises `FrameError` (`bad_frame`) for anything that is not exactly one well-formed map.
+    """
+    limit = len(body) if trusted else min(len(body), MAX_REQUEST_ITEMS)
+    try:
+        # msgpack reports bad input with half a dozen exception types (ValueError and its children, TypeError on an
+        # unhashable key, RecursionError never): this is the one place that knows.
+        value = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_unique_pairs,
+            ext_hook=_no_extension,
+            max_array_len=limit,
+            max_map_len=limit,
+            max_ext_len=0,
+        )
+        _check_value(value, 0)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise FrameError(ErrorCode.BAD_FRAME, f"not a msgpack map as the protocol wants it: {error}") from None
+    if not isinstance(value, dict):
+        raise FrameError(ErrorCode.BAD_FRAME, "a frame must hold one map with string keys")
+    return value
+
+
+class FrameReader:
+    """Splits a stream of bytes into frame bodies, however the bytes are cut.
+
+    `feed` takes what one `recvmsg` returned, with its descriptors: they belong to the frame that holds the last byte.
+    `pop` returns `(body, descriptors)` or None. A length over `max_bytes` is refused before anything of it is
+    buffered: `pop` then raises `FrameError` once the frames before it have been taken.
+    """
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+        self._frames: deque[tuple[bytes, list[int]]] = deque()
+        self._unowned: list[int] = []  # descriptors of the frame whose end has not arrived
+        self._error: FrameError | None = None
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of the frame that is not complete yet."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Take bytes; never raises (see `pop`). After an error further bytes are dropped."""
+        if self._error is not None:
+            self._unowned.extend(descriptors)
+            return
+        self._buffer += data
+        offset = 0
+        while len(self._buffer) - offset >= _HEADER.size:
+            (size,) = _HEADER.unpack_from(self._buffer, offset)
+            if size > self._max_bytes:
+                self._error = FrameError(
+                    ErrorCode.TOO_LARGE, f"a frame of {size} bytes; at most {self._max_bytes} are allowed"
+                )
+                break
+            end = offset + _HEADER.size + size
+            if len(self._buffer) < end:
+                break
+            # What came with this frame's first bytes, in an earlier recvmsg, is this frame's.
+            owned, self._unowned = self._unowned, []
+            self._frames.append((bytes(self._buffer[offset + _HEADER.size : end]), owned))
+            offset = end
+        if offset and offset == len(self._buffer):
+            self._frames[-1][1].extend(descriptors)
+        else:
+            self._unowned.extend(descriptors)
+        del self._buffer[: offset if self._error is None else None]
+
+    def pop(self) -> tuple[bytes, list[int]] | None:
+        """Return the next frame's body and descriptors, or None. Raises `FrameError` when the stream is broken."""
+        if self._frames:
+            return self._frames.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def descriptors(self) -> list[int]:
+        """Hand over every descriptor not yet popped (the caller closes them when the connection ends)."""
+        left = self._unowned + [fd for _, owned in self._frames for fd in owned]
+        self._unowned = []
+        self._frames = deque((body, []) for body, _ in self._frames)
+        return left

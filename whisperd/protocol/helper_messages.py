@@ -1,0 +1,203 @@
+"""What the daemon and its helpers say to each other: the client's frames with message types of their own.
+
+A message travels as `{"type": ClassName, field: value, ...}`. Each one about a piece of work carries the run and its
+generation (how often the run was started), so that a late one from a replaced helper is recognised and dropped.
+A copy comes before its run exists: there `run` is the daemon's ticket number for the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperHello:
+    """First message of every helper. `version` must be the daemon's own."""
+
+    role: str
+    version: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """First message to every helper: the settings of its role, by the configuration's names."""
+
+    settings: dict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyIn:
+    """To a copier, with one descriptor: copy it to `<folder>/source`, hash it, make it durable, answer `Copied`."""
+
+    run: int
+    generation: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    run: int
+    generation: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """To a decoder: `<folder>/source` → `<folder>/audio.pcm` (16 kHz mono s16le), answer `Decoded`."""
+
+    run: int
+    generation: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    run: int
+    generation: int
+    audio_s: float
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcribe:
+    """To the model helper: transcribe `<folder>/audio.pcm` with these options (as `parse_options` returns them)."""
+
+    run: int
+    generation: int
+    folder: str
+    options: dict
+    interactive: bool
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prioritise:
+    """To the model helper: this run's priority has changed (an interactive job joined it, or the last one left)."""
+
+    run: int
+    generation: int
+    interactive: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """From the model helper: the segments that one window added, as they will stand in the transcript."""
+
+    run: int
+    generation: int
+    segments: list
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is, in a helper's own unit (bytes copied, seconds decoded or transcribed) out of `total`."""
+
+    run: int
+    generation: int
+    done: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """From the model helper: `transcript` is the Transcript map, packed, ready to be stored and spliced."""
+
+    run: int
+    generation: int
+    transcript: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The work ended without a result. A cancelled one ends so too, with the code `cancelled`."""
+
+    run: int
+    generation: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """To any helper: give up this run; answer `Failed` with `cancelled` within the grace, else be replaced."""
+
+    run: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStatus:
+    """From the model helper, at each change. `traits` says what the model can do, `capacity` how many runs at once.
+
+    traits: `multilingual` bool, `translates` bool, `vocabulary` int; empty until the model is ready.
+    """
+
+    state: str  # loading | ready | failed
+    name: str
+    device: str
+    dtype: str
+    error: str | None
+    capacity: int
+    traits: dict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """From every helper while it lives, once a second, from a thread that proves the work goes on.
+
+    `beat` grows whenever the work got a step further; `gauges` are numbers for `stats`.
+    """
+
+    beat: int
+    gauges: dict
+
+
+HelperMessage = (
+    HelperHello
+    | Configure
+    | CopyIn
+    | Copied
+    | Decode
+    | Decoded
+    | Transcribe
+    | Prioritise
+    | Segments
+    | Progress
+    | Finished
+    | Failed
+    | Cancel
+    | ModelStatus
+    | Heartbeat
+)
+_TYPES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in HelperMessage.__args__}
+_hints = cache(get_type_hints)
+
+
+def to_wire(message: HelperMessage) -> dict[str, Any]:
+    """Return the map that travels."""
+    return {"type": type(message).__name__} | {field.name: getattr(message, field.name) for field in fields(message)}
+
+
+def from_wire(wire: Mapping[str, Any]) -> HelperMessage:
+    """Return the message of a map. Raises `WhisperdError` (`bad_request`) when it is none: the helper is then replaced."""
+    kind = _TYPES.get(wire.get("type", ""))
+    if kind is None:
+        raise WhisperdError(ErrorCode.BAD_REQUEST, f"unknown helper message {wire.get('type')!r}")
+    hints = _hints(kind)
+    values = {name: value for name, value in wire.items() if name != "type"}
+    for name, hint in hints.items():
+        if hint is float and isinstance(values.get(name), int):
+            values[name] = float(values[name])
+        if name not in values or not isinstance(values[name], hint):
+            raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {kind.__name__}: {name} is missing or ill-typed")
+    if len(values) != len(hints):
+        raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {kind.__name__} has unknown fields")
+    message: HelperMessage = kind(**values)
+    return message
