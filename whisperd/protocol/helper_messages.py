@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
@@ -28,7 +28,7 @@ class HelperHello:
 class Configure:
     """First message to every helper: the settings of its role, by the configuration's names."""
 
-    settings: dict
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class Transcribe:
     run: int
     generation: int
     folder: str
-    options: dict
+    options: dict[str, Any]
     interactive: bool
     truncated: bool
 
@@ -92,7 +92,7 @@ class Segments:
 
     run: int
     generation: int
-    segments: list
+    segments: list[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class ModelStatus:
     dtype: str
     error: str | None
     capacity: int
-    traits: dict
+    traits: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ class Heartbeat:
     """
 
     beat: int
-    gauges: dict
+    gauges: dict[str, Any]
 
 
 HelperMessage = (
@@ -177,7 +177,13 @@ HelperMessage = (
     | Heartbeat
 )
 _TYPES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in HelperMessage.__args__}
-_hints = cache(get_type_hints)
+
+
+@cache
+def _checks(name: str) -> Mapping[str, Any]:
+    """Return the fields of a message with their types as `isinstance` takes them: `dict[str, Any]` is `dict`."""
+    hints = get_type_hints(_TYPES[name])
+    return {field: get_origin(hint) if get_origin(hint) in (dict, list) else hint for field, hint in hints.items()}
 
 
 def to_wire(message: HelperMessage) -> dict[str, Any]:
@@ -186,18 +192,18 @@ def to_wire(message: HelperMessage) -> dict[str, Any]:
 
 
 def from_wire(wire: Mapping[str, Any]) -> HelperMessage:
-    """Return the message of a map. Raises `WhisperdError` (`bad_request`) when it is none: the helper is then replaced."""
-    kind = _TYPES.get(wire.get("type", ""))
-    if kind is None:
-        raise WhisperdError(ErrorCode.BAD_REQUEST, f"unknown helper message {wire.get('type')!r}")
-    hints = _hints(kind)
-    values = {name: value for name, value in wire.items() if name != "type"}
-    for name, hint in hints.items():
-        if hint is float and isinstance(values.get(name), int):
-            values[name] = float(values[name])
-        if name not in values or not isinstance(values[name], hint):
-            raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {kind.__name__}: {name} is missing or ill-typed")
-    if len(values) != len(hints):
-        raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {kind.__name__} has unknown fields")
-    message: HelperMessage = kind(**values)
+    """Return the message of a map. Raises `WhisperdError` (`bad_request`) when it is none: its helper is replaced."""
+    name = wire.get("type")
+    if not isinstance(name, str) or name not in _TYPES:
+        raise WhisperdError(ErrorCode.BAD_REQUEST, f"unknown helper message {name!r}")
+    checks = _checks(name)
+    values = {field: value for field, value in wire.items() if field != "type"}
+    for field, kind in checks.items():
+        if kind is float and isinstance(values.get(field), int):
+            values[field] = float(values[field])
+        if field not in values or not isinstance(values[field], kind):
+            raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {name}: {field} is missing or ill-typed")
+    if len(values) != len(checks):
+        raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {name} has unknown fields")
+    message: HelperMessage = _TYPES[name](**values)
     return message

@@ -1,6 +1,6 @@
 """The options of a transcription: openai-whisper's own names, meanings and defaults, checked once.
 
-The defaults are those of the function `whisper.transcribe` (not of its command, which differs); a test holds them equal.
+The defaults are those of the function `whisper.transcribe` (not of its command, which differs); a test holds them so.
 """
 
 from __future__ import annotations
