@@ -1,0 +1,1 @@
+"""Tests: bytes first, then rooms, then whole daemons."""
