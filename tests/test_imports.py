@@ -1,0 +1,113 @@
+"""Imports run one way: the ladder of docs/architecture.md, read from the sources and tried in fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each room, the rooms it may import, and what else it may import beside the standard library.
+LADDER: dict[str, tuple[set[str], set[str]]] = {
+    "whisperd": (set(), set()),
+    "whisperd.__main__": ({"whisperd.daemon"}, set()),
+    "whisperd.protocol": (set(), {"msgpack"}),
+    "whisperd.daemon": ({"whisperd.protocol"}, {"click", "msgpack", "psutil"}),
+    "whisperd.audio": ({"whisperd.protocol"}, {"av", "numpy"}),
+    "whisperd.model": ({"whisperd.protocol"}, {"torch", "whisper", "numpy", "numba", "msgpack", "tiktoken", "tqdm"}),
+    "whisperctl": ({"whisperd.protocol"}, {"click", "msgpack", "pysubs2"}),
+}
+# Each heavy library has one room that knows it.
+OWNERS = {"av": "whisperd.audio", "torch": "whisperd.model", "whisper": "whisperd.model", "sqlite3": "whisperd.daemon"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """Return the room a module lies in: the longest name of the ladder that it begins with."""
+    names = [name for name in LADDER if module == name or module.startswith(name + ".")]
+    found = max(names, key=len)
+    # `whisperd` itself is its __init__ alone: a folder beside the known ones needs a place on the ladder.
+    assert found != "whisperd" or module == "whisperd", f"{module} lies in no room that the ladder knows"
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every module that a file imports, also inside functions and for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports name their module in full here"
+            module = node.module or ""
+            # `from whisperd.protocol import logs` names a module; `from whisperd import __version__` does not.
+            for alias in node.names:
+                is_module = (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists()
+                is_package = (ROOT / module.replace(".", "/") / alias.name / "__init__.py").exists()
+                yield f"{module}.{alias.name}" if is_module or is_package else module
+        elif isinstance(node, ast.Call) and called(node) in ("__import__", "import_module"):
+            if isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+            else:  # a lazy import by a table: any module that the file names
+                yield from module_names(path)
+
+
+def called(node: ast.Call) -> str:
+    return str(getattr(node.func, "id", getattr(node.func, "attr", "")))
+
+
+def module_names(path: Path) -> Iterator[str]:
+    """Yield the strings of a file that name a module of ours."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"(whisperd|whisperctl)(\.\w+)+", str(node.value)):
+            yield str(node.value)
+
+
+SOURCES = sorted(path for folder in ("whisperd", "whisperctl") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_the_ladder(path: Path) -> None:
+    own = room(module_name(path))
+    rooms, libraries = LADDER[own]
+    for module in imports(path):
+        top = module.partition(".")[0]
+        if top in ("whisperd", "whisperctl"):
+            assert room(module) in rooms | {own, "whisperd"}, f"{path.name} imports {module}"
+        elif top not in sys.stdlib_module_names:
+            assert top in libraries, f"{path.name} imports {module}"
+        assert own == OWNERS.get(top, own), f"{top} belongs to {OWNERS.get(top)}"
+
+
+def loaded(statement: str) -> set[str]:
+    """Return the modules that a fresh Python has loaded after a statement."""
+    script = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "av", "whisper", "yt_dlp", "numpy", "numba", "tiktoken"}
+
+
+@pytest.mark.parametrize("statement", ["import whisperctl.cli", "from whisperctl import Client; Client"])
+def test_the_client_is_light(statement: str) -> None:
+    heavy = HEAVY | {"sqlite3", "psutil", "rich", "pysubs2", "importlib.metadata", "asyncio", "whisperd.daemon"}
+    assert not loaded(statement) & heavy
+
+
+def test_the_daemon_is_light() -> None:
+    assert not loaded("import whisperd.daemon.main") & (HEAVY | {"rich", "pysubs2", "whisperctl"})
+
+
+@pytest.mark.parametrize("module", ["whisperd.audio.copier", "whisperd.audio.decoder"])
+def test_the_audio_helpers_know_no_model(module: str) -> None:
+    assert not loaded(f"import {module}") & {"torch", "whisper", "sqlite3", "whisperd.daemon", "click"}
