@@ -1,0 +1,104 @@
+"""What a SOURCE on the command line means: a file, standard input, a YouTube id or an address."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whisperctl.client import Client
+from whisperctl.errors import SourceUnreadable
+from whisperd.protocol.jobs import Job
+from whisperd.protocol.messages import VIDEO_ID
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """One SOURCE. `kind` is `file`, `stdin`, `video` or `url`; `label` is how messages call it."""
+
+    kind: str
+    text: str
+
+    @property
+    def label(self) -> str:
+        """What the user wrote, in a form that people recognise."""
+        return "standard input" if self.kind == "stdin" else self.text
+
+    @property
+    def stem(self) -> str:
+        """The name of an output file for this source, without its ending."""
+        match self.kind:
+            case "file":
+                return Path(self.text).stem
+            case "stdin":
+                return "stdin"
+        return file_stem(self.text)
+
+    @property
+    def is_also_a_file(self) -> bool:
+        """True for an id that is the name of a file here, too."""
+        return self.kind == "video" and Path(self.text).exists()
+
+    def submit(self, client: Client, **request: Any) -> Job:
+        """Submit it; raises as `Client.submit` does."""
+        match self.kind:
+            case "video":
+                return client.submit_video(self.text, **request)
+            case "url":
+                return client.submit_url(self.text, **request)
+            case "stdin":
+                # A duplicate, so that Python's own buffered object of standard input is never built or closed.
+                return client.submit(0, name="stdin", **request)
+        return client.submit(self.text, **request)
+
+
+def parse_argument(text: str) -> Argument:
+    """Return what `text` means. A file whose name could be an id is written with a path: `./name`."""
+    if text == STDIN:
+        return Argument(kind="stdin", text=text)
+    if VIDEO_ID.fullmatch(text):
+        return Argument(kind="video", text=text)
+    if re.match(r"https?://", text, re.IGNORECASE):
+        return Argument(kind="url", text=text)
+    return Argument(kind="file", text=text)
+
+
+def read_list(path: str) -> list[str]:
+    """Return the sources that a file (`-`: standard input) names, one a line; empty lines and `#` lines are skipped.
+
+    Raises `SourceUnreadable`.
+    """
+    import sys
+
+    try:
+        content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    except OSError as error:
+        raise SourceUnreadable(f"cannot read the list {path}: {error.strerror or error}") from None
+    lines = (line.rstrip("\r") for line in content.decode("utf-8", "surrogateescape").split("\n"))
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def source_label(job: Job) -> str:
+    """Return how people know a job's source: its file name, its id, its address."""
+    return _text(job.source, "name") or _text(job.source, "id") or _text(job.source, "url") or f"job {job.id}"
+
+
+def source_stem(job: Job) -> str:
+    """Return the name of an output file for a job, without its ending."""
+    name = _text(job.source, "name")
+    return file_stem(Path(name).stem if name else source_label(job))
+
+
+def file_stem(text: str) -> str:
+    """Return `text` as a file name that needs no quoting and cannot leave its folder."""
+    clean = re.sub(r"[^\w.-]+", "_", re.sub(r"^https?://", "", text)).strip("._")
+    return clean[:100] or "transcript"
+
+
+def _text(source: Mapping[str, Any], key: str) -> str:
+    value = source.get(key)
+    return value if isinstance(value, str) else ""

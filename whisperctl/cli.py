@@ -1,0 +1,120 @@
+"""The command `whisperctl`: its commands, and the one place that turns errors into words and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from whisperctl import manage, work
+from whisperctl.exits import Exit, exit_code
+from whisperctl.options import Shell, common_options, completion_environment
+from whisperctl.render import safe
+from whisperd import __version__
+from whisperd.protocol.errors import WhisperdError
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "--version", prog_name="whisperctl")
+@common_options
+@click.pass_context
+def cli(context: click.Context) -> int:
+    """Hand recordings to whisperd and get the words back.
+
+    Without a command: how the daemon is, what runs, what waits.
+    """
+    if context.invoked_subcommand is not None:
+        return Exit.DONE
+    return manage.show_status(context.ensure_object(Shell))
+
+
+for _command in (
+    work.transcribe,
+    work.submit,
+    work.result,
+    work.wait,
+    work.follow,
+    manage.list_jobs,
+    manage.cancel,
+    manage.forget,
+    manage.retry,
+    manage.stats,
+    manage.health,
+    manage.pause,
+    manage.resume,
+    manage.model,
+    manage.completion,
+):
+    cli.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; never raises, never shows a traceback."""
+    instruction = completion_environment()
+    if instruction is not None:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "whisperctl", "_WHISPERCTL_COMPLETE", instruction)
+    for stream in (sys.stdout, sys.stderr):
+        # A name may hold what the terminal's encoding has no letter for.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    shell = Shell()
+    code: int
+    try:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv), shell)
+            sys.stdout.flush()
+        finally:
+            shell.close()
+    except KeyboardInterrupt:
+        code = Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read us has enough. What Python still wants to write at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Exit.CLOSED_PIPE
+    return int(code)
+
+
+def _run(argv: list[str], shell: Shell) -> int:
+    try:
+        # Not cli.main(): it would answer Ctrl-C and a closed pipe with 1.
+        with cli.make_context("whisperctl", argv, obj=shell) as context:
+            code = cli.invoke(context)
+            return code if isinstance(code, int) else Exit.DONE
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return Exit.INTERRUPTED
+    except WhisperdError as error:
+        _tell(shell, str(error))
+        return exit_code(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _tell(shell, f"cannot write: {error.strerror or error}")
+        return Exit.JOB_FAILED
+    except Exception as error:
+        _tell(shell, _defect(error))
+        return Exit.JOB_FAILED
+
+
+def _tell(shell: Shell, message: str) -> None:
+    shell.screen.status("")
+    shell.screen.error(f"whisperctl: {message}")
+
+
+def _defect(error: Exception) -> str:
+    trace: Any = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else "somewhere"
+    return f"this is a defect, please report it: {type(error).__name__} at {place}: {safe(error)}"

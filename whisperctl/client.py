@@ -1,0 +1,326 @@
+"""The Python client: hand a recording over, get the words back."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from whisperctl.connection import Connection, seconds_left
+from whisperctl.errors import JobTimeout
+from whisperctl.link import Link
+from whisperctl.results import Event, Result, Segment, Transcript
+from whisperctl.sources import OpenSource, Source, open_source
+from whisperd.protocol.jobs import Job, JobState, Priority
+from whisperd.protocol.messages import MAX_JOBS_LIMIT
+
+_RECONNECT_S = 60.0
+_ANSWER_S = 10.0  # for a reply to travel, on top of what the daemon was asked to wait
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """An attached job: submitted again, by its key, on every new connection, so that the daemon keeps it."""
+
+    params: Mapping[str, Any]
+    opened: OpenSource | None
+
+
+class Client:
+    """Talks to the daemon; one may be shared by threads, and waiting in one does not hold up the others.
+
+    `socket` is the daemon's path; without it $WHISPERD_SOCKET, else the first usual place that answers. `timeout_s`
+    bounds short requests. A daemon that goes away is tried again for `reconnect_s`: requests are then repeated, a
+    submit under its key, so that nothing happens twice. Every method may raise `WhisperdError` and its children,
+    `DaemonUnreachable` among them, and `RuntimeError` in a forked child, which needs a Client of its own.
+    `notify` is told in a few words when the daemon has gone, and "" when it is back.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] | None = None,
+        timeout_s: float = 30.0,
+        *,
+        reconnect_s: float = _RECONNECT_S,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        self._link = Link(
+            socket,
+            timeout_s=timeout_s,
+            reconnect_s=reconnect_s,
+            greet=self._hold_again,
+            notify=notify or (lambda words: None),
+        )
+        self._holds: dict[int, _Hold] = {}
+        self._holds_lock = threading.Lock()
+
+    def transcribe(
+        self,
+        source: Source,
+        *,
+        timeout_s: float | None = None,
+        on_segment: Callable[[Segment], None] | None = None,
+        **options: Any,
+    ) -> Transcript:
+        """Hand over a recording before all background work and return its transcript.
+
+        `source` is a path, a file object or a descriptor; `options` are openai-whisper's. `on_segment` is called with
+        each segment as it is decoded; should the work begin anew, with those again. Raises `JobFailed`,
+        `JobCancelled`, and `JobTimeout` after `timeout_s`: the job then goes on under its `job_id`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = self.submit(source, priority=Priority.INTERACTIVE, timeout_s=timeout_s, **options)
+        if on_segment is not None and not job.ended:
+            for event in self.follow(job.id, timeout_s=seconds_left(deadline)):
+                if event.segment is not None:
+                    on_segment(event.segment)
+        return self.result(job.id, wait=True, timeout_s=seconds_left(deadline)).require()
+
+    def submit(
+        self,
+        source: Source,
+        *,
+        priority: str = Priority.BACKGROUND,
+        key: str | None = None,
+        attached: bool = False,
+        fresh: bool = False,
+        name: str | None = None,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Job:
+        """Hand over a recording and return its job, once the daemon has it safe on its own disk.
+
+        `key` makes a repeated submit the same job (without one, a random key serves this call). `attached` ties the
+        job to this client: it is cancelled when the client goes. `fresh` computes anew what is known already.
+        Raises `SourceUnreadable`, `QueueFull`, `StorageFull`, `BadRequest`, and `JobTimeout` after `timeout_s`.
+        """
+        opened = open_source(source, name=name)
+        params = _submit_params({"kind": "fd", "name": opened.name}, priority, key, attached, fresh, options)
+        return self._submit(params, opened, timeout_s)
+
+    def submit_video(
+        self,
+        video_id: str,
+        *,
+        priority: str = Priority.BACKGROUND,
+        key: str | None = None,
+        attached: bool = False,
+        fresh: bool = False,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Job:
+        """Have the daemon fetch a YouTube video by its id; otherwise as `submit`."""
+        params = _submit_params({"kind": "video", "id": video_id}, priority, key, attached, fresh, options)
+        return self._submit(params, None, timeout_s)
+
+    def submit_url(
+        self,
+        url: str,
+        *,
+        priority: str = Priority.BACKGROUND,
+        key: str | None = None,
+        attached: bool = False,
+        fresh: bool = False,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Job:
+        """Have the daemon fetch an http(s) address; otherwise as `submit`."""
+        params = _submit_params({"kind": "url", "url": url}, priority, key, attached, fresh, options)
+        return self._submit(params, None, timeout_s)
+
+    def result(self, job_id: int, wait: bool = False, timeout_s: float | None = None) -> Result:
+        """Return a job with its transcript, None unless it is done; with `wait` once it has ended.
+
+        A failed job is a result as well: `Result.text` and `Result.require` raise what it failed of. Raises
+        `NotFound`, and `JobTimeout` when it has not ended after `timeout_s`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            wait_s = seconds_left(deadline) if wait else 0
+            limit_s = None if wait_s is None else wait_s + _ANSWER_S
+            try:
+                reply = self._link.call("result", {"job": job_id, "wait_s": wait_s}, waits=wait, timeout_s=limit_s)
+            except TimeoutError:
+                raise _not_in_time(job_id, timeout_s) from None
+            result = _read_result(reply)
+            if result.job.ended:
+                self._release(job_id)
+                return result
+            if not wait:
+                return result
+            if deadline is not None and time.monotonic() >= deadline:
+                raise _not_in_time(job_id, timeout_s)
+
+    def follow(self, job_id: int, after_seq: int = 0, *, timeout_s: float | None = None) -> Iterator[Event]:
+        """Yield a job's events, from its first or after `after_seq`, until its `end`; across restarts of the daemon.
+
+        No event with a `seq` is missed or repeated; `progress` may be skipped. Raises `NotFound`, and `JobTimeout`
+        when the job has not ended after `timeout_s`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            for message, is_event in self._link.events(job_id, after_seq, deadline=deadline):
+                if is_event:
+                    event = Event.from_wire(message)
+                    after_seq = max(after_seq, event.seq or 0)
+                else:
+                    job = Job.from_wire(message["job"])
+                    if not job.ended or message.get("last_seq", 0) > after_seq:
+                        continue  # its events come by themselves
+                    event = Event(kind="end", job_id=job.id, state=job.state, error=job.error)
+                if event.kind == "end":
+                    self._release(job_id)
+                yield event
+                if event.kind == "end":
+                    return
+        except TimeoutError:
+            raise _not_in_time(job_id, timeout_s) from None
+
+    def job(self, job_id: int) -> Job:
+        """Return one job. Raises `NotFound`."""
+        return self.result(job_id).job
+
+    def jobs(
+        self,
+        *,
+        state: str | None = None,
+        limit: int = 50,
+        before: int | None = None,
+        all_users: bool = False,
+    ) -> list[Job]:
+        """Return up to `limit` jobs, newest first: one's own, or everybody's (`all_users`, for admins)."""
+        jobs: list[Job] = []
+        while len(jobs) < limit:
+            params: dict[str, Any] = {"limit": min(limit - len(jobs), MAX_JOBS_LIMIT), "all": all_users}
+            if state is not None:
+                params["state"] = JobState(state)
+            if before is not None:
+                params["before"] = before
+            reply = self._link.call("jobs", params)
+            jobs += map(Job.from_wire, reply["jobs"])
+            if not reply.get("more") or not jobs:
+                break
+            before = jobs[-1].id
+        return jobs
+
+    def cancel(self, job_id: int) -> Job:
+        """Cancel a job and return it; one that has ended comes back unchanged. Raises `NotFound`."""
+        job = Job.from_wire(self._link.call("cancel", {"job": job_id})["job"])
+        self._release(job_id)
+        return job
+
+    def retry(self, job_id: int) -> Job:
+        """Return a new job for the recording of a failed or cancelled one, while its audio is kept."""
+        return Job.from_wire(self._link.call("retry", {"job": job_id}, resend=False)["job"])
+
+    def forget(self, job_id: int) -> Job:
+        """Delete an ended job, with its audio, transcript and key; return what it was."""
+        return Job.from_wire(self._link.call("forget", {"job": job_id})["job"])
+
+    def stats(self) -> dict[str, Any]:
+        """Return the daemon's counters and gauges, as docs/protocol.md names them."""
+        return self._link.call("stats", {})
+
+    def health(self) -> dict[str, Any]:
+        """Return how the daemon is; a daemon that is gone is told of at once, not waited for."""
+        return self._link.call("health", {}, patient=False)
+
+    def model(self, action: str) -> dict[str, Any]:
+        """`load` or `unload` the model (admins) and return its state, as in `health`."""
+        model: dict[str, Any] = self._link.call("model", {"action": action})["model"]
+        return model
+
+    def pause(self, *, free_gpu: bool = False) -> str:
+        """Let accepted jobs wait (admins), and with `free_gpu` give the device's memory back; return the status."""
+        return str(self._link.call("pause", {"free_gpu": free_gpu})["status"])
+
+    def resume(self) -> str:
+        """Go on after `pause` (admins); return the status."""
+        return str(self._link.call("resume", {})["status"])
+
+    @property
+    def socket_path(self) -> str:
+        """The socket that answered, or the first that would be tried."""
+        return str(self._link.path)
+
+    def close(self) -> None:
+        """Leave: requests of other threads fail, attached jobs lose this holder."""
+        self._link.close()
+        with self._holds_lock:
+            holds, self._holds = self._holds, {}
+        for hold in holds.values():
+            if hold.opened is not None:
+                hold.opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, params: dict[str, Any], opened: OpenSource | None, timeout_s: float | None) -> Job:
+        held = False
+        try:
+            descriptors = [] if opened is None else [opened.fd]
+            reply = self._link.call("submit", params, descriptors, waits=True, timeout_s=timeout_s)
+            job = Job.from_wire(reply["job"])
+            if params["attached"] and not job.ended:
+                with self._holds_lock:
+                    held = job.id not in self._holds
+                    self._holds.setdefault(job.id, _Hold(params, opened))
+            return job
+        except TimeoutError:
+            raise JobTimeout(
+                f"whisperd had not taken the recording after {timeout_s:g} s; submit it again with the same key "
+                "to find its job",
+                job_id=None,
+                key=params["key"],
+            ) from None
+        finally:
+            if opened is not None and not held:
+                opened.close()
+
+    def _hold_again(self, connection: Connection) -> None:
+        with self._holds_lock:
+            for hold in self._holds.values():
+                connection.post("submit", hold.params, [] if hold.opened is None else [hold.opened.fd])
+
+    def _release(self, job_id: int) -> None:
+        with self._holds_lock:
+            hold = self._holds.pop(job_id, None)
+        if hold is not None and hold.opened is not None:
+            hold.opened.close()
+
+
+def _submit_params(
+    source: Mapping[str, Any], priority: str, key: str | None, attached: bool, fresh: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "source": source,
+        "options": options,
+        "priority": str(priority),
+        "key": os.urandom(16).hex() if key is None else key,
+        "attached": attached,
+        "fresh": fresh,
+    }
+
+
+def _read_result(reply: Mapping[str, Any]) -> Result:
+    transcript = reply.get("transcript")
+    return Result(
+        job=Job.from_wire(reply["job"]),
+        transcript=None if transcript is None else Transcript.from_wire(transcript),
+    )
+
+
+def _not_in_time(job_id: int, timeout_s: float | None) -> JobTimeout:
+    return JobTimeout(
+        f"job {job_id} had not ended after {timeout_s:g} s and goes on; ask again with 'whisperctl result {job_id}'",
+        job_id=job_id,
+    )

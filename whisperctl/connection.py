@@ -1,0 +1,170 @@
+"""One connection to the daemon that many threads share: each sends its request, one reader hands out the replies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from whisperctl.errors import refusal
+from whisperd.protocol.channel import Channel
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError
+
+MAX_OPEN = 64  # the daemon stops reading a connection with more open requests
+MAX_OPEN_WAITS = 56  # so that a `cancel` always finds a place beside waiting `result`s
+
+
+class ConnectionLost(Exception):
+    """The daemon has closed the connection, or it broke: whether an open request was carried out is not known."""
+
+
+# A forked child inherits the descriptor; while the child lives the daemon would not see that the parent is gone.
+_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    for sock in list(_open_sockets):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def open_channel(sock: socket.socket) -> Channel:
+    """Return a channel for replies on `sock`; a forked child closes its copy."""
+    _open_sockets.add(sock)
+    return Channel(sock, max_bytes=MAX_REPLY_BYTES)
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Return what is left until a monotonic `deadline`, at least 0; None stays None."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+class _Waiter:
+    __slots__ = ("done", "reply")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.reply: Mapping[str, Any] | None = None
+
+
+class Connection:
+    """Pipelines requests of many threads. A request holds its place until its reply came, also when nobody waits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._channel = open_channel(sock)
+        self._numbers = itertools.count(1)
+        self._changed = threading.Condition()
+        self._waiting: dict[int, _Waiter] = {}
+        self._lost: Exception | None = None
+        self._reader = threading.Thread(target=self._read, name="whisperd replies", daemon=True)
+        self._reader.start()
+
+    @property
+    def lost(self) -> bool:
+        """True once nothing can be asked any more."""
+        return self._lost is not None
+
+    def request(
+        self,
+        op: str,
+        params: Mapping[str, Any],
+        descriptors: Sequence[int] = (),
+        *,
+        waits: bool = False,
+        deadline: float | None = None,
+    ) -> dict[str, Any]:
+        """Send a request and return the `result` of its reply.
+
+        `waits` marks one whose reply may take long. Raises `ConnectionLost`, `TimeoutError` at the monotonic
+        `deadline`, or the `WhisperdError` that the daemon answered.
+        """
+        waiter = self._send(op, params, descriptors, waits=waits, deadline=deadline)
+        if not waiter.done.wait(seconds_left(deadline)):
+            raise TimeoutError
+        reply = waiter.reply
+        if reply is None:
+            raise self._lost or ConnectionLost()
+        if reply.get("ok"):
+            result: dict[str, Any] = reply.get("result") or {}
+            return result
+        raise refusal(reply.get("error") or {})
+
+    def post(self, op: str, params: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a request whose reply nobody waits for. Raises `ConnectionLost`."""
+        self._send(op, params, descriptors, waits=True, deadline=None)
+
+    def _send(
+        self, op: str, params: Mapping[str, Any], descriptors: Sequence[int], *, waits: bool, deadline: float | None
+    ) -> _Waiter:
+        limit = MAX_OPEN_WAITS if waits else MAX_OPEN
+        waiter = _Waiter()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.lost or len(self._waiting) < limit, seconds_left(deadline)):
+                raise TimeoutError
+            if self._lost is not None:
+                raise self._lost
+            number = next(self._numbers)
+            self._waiting[number] = waiter
+        try:
+            self._channel.send({"id": number, "op": op, "params": params}, descriptors)
+        except OSError as error:
+            self._lose(ConnectionLost(str(error)))
+        except BaseException:
+            # Ctrl-C may have cut the frame in the middle: nothing can follow it.
+            self._lose(ConnectionLost("interrupted while sending"))
+            raise
+        return waiter
+
+    def _read(self) -> None:
+        reason: Exception = ConnectionLost("the daemon closed the connection")
+        try:
+            while True:
+                message, _ = self._channel.receive()
+                if message.get("id") == 0 and not message.get("ok", True):
+                    # The daemon's last word on this connection: it closes after it.
+                    reason = refusal(message.get("error") or {})
+                self._deliver(message)
+        except (EOFError, OSError, FrameError) as error:
+            if not isinstance(reason, WhisperdError):
+                reason = ConnectionLost(str(error))
+        finally:
+            self._lose(reason)
+            self._channel.close()
+
+    def _deliver(self, message: Mapping[str, Any]) -> None:
+        with self._changed:
+            waiter = self._waiting.pop(message.get("id", 0), None)
+            self._changed.notify()
+        if waiter is not None:
+            waiter.reply = message
+            waiter.done.set()
+
+    def _lose(self, reason: Exception) -> None:
+        with self._changed:
+            if self._lost is None:
+                self._lost = reason
+            waiters, self._waiting = self._waiting, {}
+            self._changed.notify_all()
+        for waiter in waiters.values():
+            waiter.done.set()
+        _shut_down(self._channel.socket)
+
+    def close(self) -> None:
+        """End the connection: open requests fail with `ConnectionLost`."""
+        self._lose(ConnectionLost("the client was closed"))
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):  # it may be down already
+        sock.shutdown(socket.SHUT_RDWR)  # wakes the reader, which close() would not

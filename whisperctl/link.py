@@ -1,0 +1,237 @@
+"""Staying in touch with the daemon: one shared connection, renewed when it is lost, refused after a fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from whisperctl.connection import Connection, ConnectionLost, open_channel, seconds_left
+from whisperctl.discovery import candidates, connect
+from whisperctl.errors import DaemonUnreachable, refusal
+from whisperd.protocol.channel import Channel
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.frames import FrameError
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+class Link:
+    """Carries requests to the daemon, whichever connection that takes.
+
+    A daemon that has been reached once and goes away is tried again for `reconnect_s`; one that was never there is
+    told of at once. `greet` is called with each new connection before anybody uses it; `notify` with a few words
+    when the daemon is gone, and with "" when it is back.
+    """
+
+    def __init__(
+        self,
+        named: str | os.PathLike[str] | None,
+        *,
+        timeout_s: float,
+        reconnect_s: float,
+        greet: Callable[[Connection], None],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._paths = candidates(named)
+        self._timeout_s = timeout_s
+        self._reconnect_s = reconnect_s
+        self._greet = greet
+        self._notify = notify
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._current: Connection | None = None
+        self._met = False
+        self._closed = threading.Event()
+
+    @property
+    def path(self) -> Path:
+        """The socket that answered, or the first that would be tried."""
+        return self._paths[0]
+
+    def call(
+        self,
+        op: str,
+        params: Mapping[str, Any],
+        descriptors: Sequence[int] = (),
+        *,
+        waits: bool = False,
+        timeout_s: float | None = None,
+        patient: bool = True,
+        resend: bool = True,
+    ) -> dict[str, Any]:
+        """Return the result of a request, sent again on a new connection when the old one broke.
+
+        `waits`: the reply may take any time, `timeout_s` alone bounds it (`TimeoutError`); other requests are bounded
+        by the client's `timeout_s`, and `DaemonUnreachable` says so. `resend=False` is for what must not happen twice.
+        """
+        limit_s = timeout_s if waits or timeout_s is not None else self._timeout_s
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        patience_s = self._reconnect_s if patient else 0.0
+        if waits:
+            patience = self._patience(patience_s, deadline)
+        else:
+            patience = self._patience(min(patience_s, self._timeout_s), None)
+        while True:
+            try:
+                connection = self._connection()
+            except DaemonUnreachable as error:
+                patience.pause_or_raise(error, hopeless=not self._met)
+                continue
+            try:
+                result = connection.request(op, params, descriptors, waits=waits, deadline=deadline)
+            except ConnectionLost as error:
+                if not resend:
+                    raise DaemonUnreachable(
+                        f"the connection broke during {op!r}, and whether it was done is not known; "
+                        "look with 'whisperctl list' before trying again"
+                    ) from error
+                patience.pause_or_raise(_gone(self.path))
+            except TimeoutError:
+                if waits:
+                    raise
+                raise DaemonUnreachable(
+                    f"whisperd at {self.path} did not answer within {limit_s:g} s; see its log, or restart it"
+                ) from None
+            except WhisperdError as error:
+                if error.code != ErrorCode.STOPPING:
+                    raise
+                patience.pause_or_raise(error)
+            else:
+                patience.over()
+                return result
+
+    def events(
+        self, job_id: int, after_seq: int, *, deadline: float | None = None
+    ) -> Iterator[tuple[Mapping[str, Any], bool]]:
+        """Yield what `subscribe` sends, as `(map, is_event)`: its result first, again after each reconnect.
+
+        Each subscription has a connection of its own, so that leaving it ends it and a slow reader holds up nobody.
+        Raises `TimeoutError` at the deadline.
+        """
+        patience = self._patience(self._reconnect_s, deadline)
+        while True:
+            try:
+                channel = self._channel()
+            except DaemonUnreachable as error:
+                patience.pause_or_raise(error, hopeless=not self._met)
+                continue
+            try:
+                channel.send({"id": 1, "op": "subscribe", "params": {"job": job_id, "after_seq": after_seq}})
+                while True:
+                    message, _ = channel.receive(_positive(seconds_left(deadline)))
+                    if "event" not in message:
+                        if not message.get("ok"):
+                            raise refusal(message.get("error") or {})
+                        patience.over()
+                        yield message.get("result") or {}, False
+                        continue
+                    after_seq = max(after_seq, message.get("seq") or 0)
+                    yield message, True
+            except TimeoutError:
+                raise
+            except (EOFError, OSError, FrameError):
+                patience.pause_or_raise(_gone(self.path))
+            except WhisperdError as error:
+                if error.code != ErrorCode.STOPPING:
+                    raise
+                patience.pause_or_raise(error)
+            finally:
+                channel.close()
+
+    def close(self) -> None:
+        """End the connection and whatever waits on it."""
+        self._closed.set()
+        with self._lock:
+            current, self._current = self._current, None
+        if current is not None and self._pid == os.getpid():
+            current.close()
+
+    def check_usable(self) -> None:
+        """Raise `RuntimeError` in a forked child and after `close`."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("this Client belongs to the process that made it; make a new Client after a fork")
+        if self._closed.is_set():
+            raise RuntimeError("this Client is closed; make a new one")
+
+    def _connection(self) -> Connection:
+        self.check_usable()
+        with self._lock:
+            if self._current is None or self._current.lost:
+                sock, path = connect(self._paths)
+                self._settle(path)
+                connection = Connection(sock)
+                with suppress(ConnectionLost):  # the caller finds out by itself, and tries again
+                    self._greet(connection)
+                self._current = connection
+            return self._current
+
+    def _channel(self) -> Channel:
+        self.check_usable()
+        sock, path = connect(self._paths)
+        self._settle(path)
+        return open_channel(sock)
+
+    def _settle(self, path: Path) -> None:
+        # Jobs live in one daemon: what was reached first is what is reconnected to.
+        self._paths, self._met = [path], True
+
+    def _patience(self, seconds: float, deadline: float | None) -> _Patience:
+        return _Patience(seconds, deadline=deadline, wait=self._closed.wait, notify=self._notify)
+
+
+class _Patience:
+    """How long a call goes on trying once the daemon is gone, with growing pauses: no event tells of its return."""
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        deadline: float | None,
+        wait: Callable[[float], bool],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._seconds = seconds
+        self._deadline = deadline
+        self._wait = wait
+        self._notify = notify
+        self._until: float | None = None
+        self._tries = 0
+
+    def pause_or_raise(self, error: WhisperdError, *, hopeless: bool = False) -> None:
+        """Wait a little before the next try; raise `error` when there is none, `TimeoutError` past the deadline."""
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + self._seconds
+        if hopeless or now > self._until or (self._tries and not self._seconds):
+            raise error
+        if self._deadline is not None and now >= self._deadline:
+            raise TimeoutError from error
+        self._notify("whisperd has gone away; waiting for it to come back")
+        pause_s = min(_FIRST_PAUSE_S * 2**self._tries, _LONGEST_PAUSE_S) if self._tries else 0.0
+        self._tries += 1
+        if self._wait(min(pause_s, max(0.0, self._until - now))):
+            raise error
+
+    def over(self) -> None:
+        """The daemon has answered."""
+        if self._tries:
+            self._notify("")
+        self._until, self._tries = None, 0
+
+
+def _gone(path: Path) -> DaemonUnreachable:
+    return DaemonUnreachable(
+        f"whisperd at {path} has gone away and did not come back; see its log ('journalctl -u whisperd'), "
+        "and start it again: what it had accepted goes on"
+    )
+
+
+def _positive(seconds: float | None) -> float | None:
+    # A timeout of 0 would make the socket non-blocking, and "nothing yet" another exception.
+    return None if seconds is None else max(seconds, 0.001)

@@ -1,0 +1,203 @@
+"""Where transcripts go: to stdout, each headed where there are several, or whole into files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from whisperctl.errors import SourceUnreadable
+from whisperctl.results import Result, Transcript
+from whisperctl.terminal import Screen
+
+FORMATS = ("text", "json", "srt", "vtt", "tsv")
+_ENDINGS = {"text": "txt"}
+
+
+class OutputError(SourceUnreadable):
+    """What `-o` names cannot be written (exit 2)."""
+
+
+def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return JSON for people's terminals and for programs: real letters, but nothing that a terminal obeys."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    # json.dumps escapes C0 itself; DEL, C1 and the rest come from names and texts.
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def format_transcript(transcript: Transcript, form: str) -> str:
+    """Return a transcript in one of `FORMATS`, ending in a newline unless it is empty."""
+    from whisperctl import subtitles
+
+    writers: Mapping[str, Callable[[Transcript], str]] = {
+        "text": subtitles.to_text,
+        "json": lambda transcript: to_json(transcript.to_wire()) + "\n",
+        "srt": subtitles.to_srt,
+        "vtt": subtitles.to_vtt,
+        "tsv": subtitles.to_tsv,
+    }
+    return writers[form](transcript)
+
+
+class Output:
+    """Takes the results of one command, one after the other.
+
+    `several` says that more than one may come: each is then headed on stdout, and `path` is a folder.
+    Construction checks what can be known before any work is done, and raises `OutputError`.
+    """
+
+    def __init__(
+        self,
+        screen: Screen,
+        *,
+        form: str,
+        path: str | None,
+        force: bool,
+        wrapped: bool,
+        several: bool,
+        stems: Sequence[str] = (),
+    ) -> None:
+        self._screen = screen
+        self._form = form
+        self._force = force
+        self._wrapped = wrapped  # --json: job and transcript in one object
+        self._several = several
+        self._path = None if path in (None, "-") else Path(str(path))
+        self._is_folder = False
+        self._taken: set[Path] = set()
+        self._headings = 0
+        if self._path is not None:
+            self._prepare(str(path), stems)
+
+    @property
+    def is_live(self) -> bool:
+        """True when segments are shown as they come: plain text, on a terminal."""
+        return self._path is None and self._form == "text" and not self._wrapped and self._screen.is_terminal
+
+    def _prepare(self, written: str, stems: Sequence[str]) -> None:
+        assert self._path is not None
+        self._is_folder = self._path.is_dir() or written.endswith("/") or self._several
+        if self._is_folder:
+            try:
+                self._path.mkdir(exist_ok=True)
+            except FileExistsError:
+                raise OutputError(f"-o {self._path} is a file; several transcripts need a folder") from None
+            except OSError as error:
+                raise _cannot_write(self._path, error) from None
+            for stem in stems:
+                self._check_free(self._path / f"{stem}.{self._ending}")
+        else:
+            self._check_free(self._path)
+            if not self._path.parent.is_dir():
+                raise OutputError(f"there is no folder {self._path.parent} to write {self._path.name} into")
+
+    @property
+    def _ending(self) -> str:
+        return "json" if self._wrapped else _ENDINGS.get(self._form, self._form)
+
+    def _check_free(self, path: Path) -> None:
+        if not self._force and path.is_file():
+            raise OutputError(f"{path} is there already; --force writes over it")
+
+    def head(self, label: str, job_id: int) -> None:
+        """Say on stdout whose transcript follows, where there are several."""
+        if self._several and self._path is None and not self._wrapped and self._form != "json":
+            gap = "\n" if self._headings else ""
+            self._headings += 1
+            self._screen.data(f"{gap}== {_one_line(label)} (job {job_id}) ==")
+
+    def write(self, result: Result, *, label: str, stem: str) -> None:
+        """Write one result, also of a job without a transcript where `--json` was asked for. Raises `OutputError`."""
+        content = self._content(result, label)
+        if content is None:
+            return
+        if self._path is None:
+            self._to_stdout(content)
+            return
+        path = self._free_name(stem) if self._is_folder else self._path
+        write_whole(path, content, force=self._force)
+        self._screen.note(f"wrote {path}")
+
+    def _content(self, result: Result, label: str) -> str | None:
+        if self._wrapped:
+            transcript = None if result.transcript is None else result.transcript.to_wire()
+            return to_json({"job": result.job.to_wire(), "transcript": transcript}) + "\n"
+        if result.transcript is None:
+            return None
+        if self._form == "json" and self._several and self._path is None:
+            return to_json({"job": result.job.id, "source": label, **result.transcript.to_wire()}) + "\n"
+        return format_transcript(result.transcript, self._form)
+
+    def _to_stdout(self, content: str) -> None:
+        if self._form == "text" and not self._wrapped:
+            for line in content.split("\n")[:-1]:
+                self._screen.text(line)
+        elif self._screen.is_terminal:
+            from whisperctl.render import safe
+
+            for line in content.split("\n")[:-1]:
+                self._screen.data("\t".join(map(safe, line.split("\t"))))
+        elif content:
+            self._screen.data(content.removesuffix("\n"))
+
+    def _free_name(self, stem: str) -> Path:
+        """Return the file for a source; two sources of one name get `name.txt` and `name-2.txt`."""
+        assert self._path is not None
+        path, count = self._path / f"{stem}.{self._ending}", 1
+        while path in self._taken:
+            count += 1
+            path = self._path / f"{stem}-{count}.{self._ending}"
+        self._taken.add(path)
+        return path
+
+
+def write_whole(path: Path, content: str, *, force: bool) -> None:
+    """Write a file whole or not at all, and never over another one without `force`. Raises `OutputError`."""
+    data = content.encode("utf-8", "backslashreplace")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            path.write_bytes(data)  # /dev/null, a named pipe: nothing there to keep whole
+            return
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if force:
+                os.replace(temporary, path)
+            else:
+                _move_to_new(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+    except FileExistsError:
+        raise OutputError(f"{path} is there already; --force writes over it") from None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # fails where the name is taken, unlike a rename
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without hard links: as near as it gets
+            raise FileExistsError(path) from None
+        os.rename(temporary, path)
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _one_line(text: str) -> str:
+    from whisperctl.render import safe
+
+    return safe(text)
