@@ -16,7 +16,7 @@ import pwd
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,7 @@ class ConfigError(Exception):
 
 
 def _setting(default: Any, help: str, *, flag: bool = False, **check: Any) -> Any:
-    """A field with its help text. Checks: `low` and `high` for numbers, `choices` or `pattern` for strings.
-
-    MISSING as default: it depends on who runs the daemon (`Paths`).
-    """
+    """A field with its help text. Checks: `low` and `high` for numbers, `choices` or `pattern` for strings."""
     return field(default=default, metadata={"help": help, "flag": flag, **check})
 
 
@@ -46,17 +43,28 @@ def _setting(default: Any, help: str, *, flag: bool = False, **check: Any) -> An
 class Config:
     """The daemon's settings, checked. Names carry their units."""
 
-    # --- places and access ---
-    socket: Path = _setting(
-        MISSING, "The Unix socket to listen on. Not used when systemd hands over a listening socket.", flag=True
+    # --- places and access --- (the places have no default here: it depends on who runs the daemon)
+    socket: Path = field(
+        metadata={
+            "help": "The Unix socket to listen on. Not used when systemd hands over a listening socket.",
+            "flag": True,
+        }
     )
     socket_group: str = _setting("", "Group that the socket belongs to; empty leaves it as it is.")
-    socket_mode: str = _setting("0660", "Permissions of the socket, octal: who may connect.", pattern=r"0?[0-7]{3}")
-    state_dir: Path = _setting(
-        MISSING, "Folder for the queue's database and the spooled audio. Must survive a reboot.", flag=True
+    socket_mode: str = _setting(
+        "0660",
+        "Permissions of the socket, octal: who may connect.",
+        pattern=r"0?[0-7]{3}",
+        wanted='octal, such as "0660"',
     )
-    cache_dir: Path = _setting(
-        MISSING, "Folder for models and compiled code. May be deleted while the daemon is stopped.", flag=True
+    state_dir: Path = field(
+        metadata={"help": "Folder for the queue's database and the spooled audio. Must survive a reboot.", "flag": True}
+    )
+    cache_dir: Path = field(
+        metadata={
+            "help": "Folder for models and compiled code. May be deleted while the daemon is stopped.",
+            "flag": True,
+        }
     )
     admins: tuple[str, ...] = _setting(
         (), "Who may do everything besides root and the daemon's own user: user names, uids, or `@group`."
@@ -66,7 +74,13 @@ class Config:
     model: str = _setting(
         "small", "A model's name, a checkpoint file, a folder in CTranslate2's format, or `demo`.", flag=True
     )
-    device: str = _setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", flag=True, pattern=r"auto|cpu|cuda(:\d{1,2})?")
+    device: str = _setting(
+        "auto",
+        "`auto`, `cpu`, `cuda` or `cuda:N`.",
+        flag=True,
+        pattern=r"auto|cpu|cuda(:\d{1,2})?",
+        wanted="auto, cpu, cuda or cuda:N",
+    )
     threads: int = _setting(0, "CPU threads of the model; 0 takes all cores.", flag=True, low=0, high=1024)
     dtype: str = _setting(
         "auto",
@@ -253,7 +267,7 @@ def _checked(setting: Field[Any], value: Any, where: str) -> Any:
             if isinstance(value, str) and _allowed(setting, value):
                 return value
             choices = setting.metadata.get("choices")
-            wanted = " or ".join(map(repr, choices)) if choices else setting.metadata["help"].rstrip(".")
+            wanted = " or ".join(map(repr, choices)) if choices else setting.metadata.get("wanted", "a string")
         case "bool":
             if isinstance(value, bool):
                 return value
