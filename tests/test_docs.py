@@ -1,0 +1,114 @@
+"""The documents tell everything that a user can say, set or get, and their examples are true."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from whisperd.daemon.config import SETTINGS
+from whisperd.protocol import messages
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.frames import encode_frame, parse_body
+from whisperd.protocol.jobs import Job, JobState
+from whisperd.protocol.options import DEFAULTS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROTOCOL = (ROOT / "docs/protocol.md").read_text()
+
+
+def section(page: str, heading: str) -> str:
+    """Return what stands below a heading, up to the next of its kind or a higher one."""
+    level = heading.partition(" ")[0]
+    _, found, rest = page.partition(f"\n{heading}\n")
+    assert found, f"no heading {heading!r}"
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def code_names(text: str) -> set[str]:
+    return set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_every_error_code_is_explained() -> None:
+    assert code_names(section(PROTOCOL, "## Errors")) >= set(ErrorCode)
+
+
+def test_every_state_is_explained() -> None:
+    assert code_names(section(PROTOCOL, "## The life of a job")) >= set(JobState)
+
+
+def test_every_operation_is_explained() -> None:
+    with pytest.raises(WhisperdError) as caught:
+        messages.parse_request({"id": 1, "op": "?"})
+    operations = caught.value.message.partition("known: ")[2].split(", ")
+    chapter = section(PROTOCOL, "## Operations")
+    headings = set(re.findall(r"^### (\w+)$", chapter, re.MULTILINE))
+    missing = set(operations) - headings
+    assert missing <= code_names(section(PROTOCOL, "### Not in this version"))
+
+
+@pytest.mark.parametrize("operation", [messages.Submit, messages.Result, messages.Jobs, messages.Subscribe])
+def test_every_parameter_is_explained(operation: type) -> None:
+    chapter = section(PROTOCOL, f"### {operation.__name__.lower()}")
+    assert code_names(chapter) >= {field.name for field in dataclasses.fields(operation)}
+
+
+def test_every_key_of_a_job_is_explained() -> None:
+    assert code_names(section(PROTOCOL, "### Job")) >= {field.name for field in dataclasses.fields(Job)}
+
+
+def test_every_option_and_its_default_are_explained() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section(PROTOCOL, "### Options"), re.MULTILINE)
+    words = {"null": None, "true": True, "false": False}
+    assert {name for name, _ in rows} == set(DEFAULTS)
+    for name, default in rows:
+        shown = default.strip("`")
+        assert shown in (str(DEFAULTS[name]), f'"{DEFAULTS[name]}"') or words.get(shown, "") is DEFAULTS[name], name
+
+
+def test_the_bounds_are_those_of_the_code() -> None:
+    bounds = section(PROTOCOL, "## Bounds")
+    assert f"| a key | {messages.MAX_KEY_BYTES} bytes |" in bounds
+    assert f"| a file's name | {messages.MAX_NAME_BYTES} bytes |" in bounds
+    assert f"| a URL | {messages.MAX_URL_BYTES:,} bytes |" in bounds
+    assert f"| jobs in one answer of `jobs` | {messages.MAX_JOBS_LIMIT} |" in bounds
+
+
+def test_the_worked_example_is_true_to_the_byte() -> None:
+    blocks = re.findall(r"^```bytes\n(.*?)^```", PROTOCOL, re.MULTILINE | re.DOTALL)
+    request, reply = (
+        bytes.fromhex("".join(re.match(r"(?:[0-9a-f]{2} )+", line + " ")[0] for line in block.splitlines()))  # type: ignore[index]
+        for block in blocks
+    )
+    assert request == encode_frame({"id": 1, "op": "cancel", "params": {"job": 300}})
+    assert messages.parse_request(parse_body(request[4:])).params == messages.Cancel(job=300)
+    assert reply == encode_frame(messages.error_reply(1, WhisperdError(ErrorCode.NOT_FOUND, "no job 300")))
+
+
+def test_every_setting_is_documented() -> None:
+    configuration = (ROOT / "docs/configuration.md").read_text()
+    assert code_names(configuration) >= set(SETTINGS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:docs|tests|tools|bench|systemd|requirements|examples)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
