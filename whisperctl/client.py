@@ -48,15 +48,16 @@ class Client:
         reconnect_s: float = _RECONNECT_S,
         notify: Callable[[str], None] | None = None,
     ) -> None:
+        self._holds: dict[int, _Hold] = {}
+        self._holds_lock = threading.Lock()
         self._link = Link(
             socket,
             timeout_s=timeout_s,
             reconnect_s=reconnect_s,
             greet=self._hold_again,
+            needed=lambda: bool(self._holds),
             notify=notify or (lambda words: None),
         )
-        self._holds: dict[int, _Hold] = {}
-        self._holds_lock = threading.Lock()
 
     def transcribe(
         self,

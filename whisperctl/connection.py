@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -59,8 +59,9 @@ class _Waiter:
 class Connection:
     """Pipelines requests of many threads. A request holds its place until its reply came, also when nobody waits."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, on_lost: Callable[[], None]) -> None:
         self._channel = open_channel(sock)
+        self._on_lost = on_lost  # called in the reader's thread, as the last thing it does
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._waiting: dict[int, _Waiter] = {}
@@ -139,6 +140,7 @@ class Connection:
         finally:
             self._lose(reason)
             self._channel.close()
+            self._on_lost()
 
     def _deliver(self, message: Mapping[str, Any]) -> None:
         with self._changed:

@@ -25,8 +25,9 @@ class Link:
     """Carries requests to the daemon, whichever connection that takes.
 
     A daemon that has been reached once and goes away is tried again for `reconnect_s`; one that was never there is
-    told of at once. `greet` is called with each new connection before anybody uses it; `notify` with a few words
-    when the daemon is gone, and with "" when it is back.
+    told of at once. `greet` is called with each new connection before anybody uses it; while `needed()` a lost
+    one is renewed without waiting for the next request. `notify` is called with a few words when the daemon is gone,
+    and with "" when it is back.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class Link:
         timeout_s: float,
         reconnect_s: float,
         greet: Callable[[Connection], None],
+        needed: Callable[[], bool],
         notify: Callable[[str], None],
     ) -> None:
         self._paths = candidates(named)
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s
         self._greet = greet
+        self._needed = needed
         self._notify = notify
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -165,11 +168,24 @@ class Link:
             if self._current is None or self._current.lost:
                 sock, path = connect(self._paths)
                 self._settle(path)
-                connection = Connection(sock)
+                connection = Connection(sock, on_lost=self._renew)
                 with suppress(ConnectionLost):  # the caller finds out by itself, and tries again
                     self._greet(connection)
                 self._current = connection
             return self._current
+
+    def _renew(self) -> None:
+        """Connect again although nobody asks, for the sake of what hangs on the connection."""
+        patience = self._patience(self._reconnect_s, None)
+        with suppress(DaemonUnreachable, RuntimeError):
+            while self._needed() and not self._closed.is_set():
+                try:
+                    self._connection()
+                except DaemonUnreachable as error:
+                    patience.pause_or_raise(error)
+                else:
+                    patience.over()
+                    return
 
     def _channel(self) -> Channel:
         self.check_usable()
