@@ -39,16 +39,18 @@ def _setting(default: Any, help: str, *, flag: bool = False, **check: Any) -> An
     return field(default=default, metadata={"help": help, "flag": flag, **check})
 
 
+def _place(help: str) -> dict[str, Any]:
+    """The metadata of a path. It has no default of its own: that depends on who runs the daemon."""
+    return {"help": help, "flag": True}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The daemon's settings, checked. Names carry their units."""
 
-    # --- places and access --- (the places have no default here: it depends on who runs the daemon)
+    # --- places and access ---
     socket: Path = field(
-        metadata={
-            "help": "The Unix socket to listen on. Not used when systemd hands over a listening socket.",
-            "flag": True,
-        }
+        metadata=_place("The Unix socket to listen on. Not used when systemd hands over a listening socket.")
     )
     socket_group: str = _setting("", "Group that the socket belongs to; empty leaves it as it is.")
     socket_mode: str = _setting(
@@ -58,13 +60,10 @@ class Config:
         wanted='octal, such as "0660"',
     )
     state_dir: Path = field(
-        metadata={"help": "Folder for the queue's database and the spooled audio. Must survive a reboot.", "flag": True}
+        metadata=_place("Folder for the queue's database and the spooled audio. Must survive a reboot.")
     )
     cache_dir: Path = field(
-        metadata={
-            "help": "Folder for models and compiled code. May be deleted while the daemon is stopped.",
-            "flag": True,
-        }
+        metadata=_place("Folder for models and compiled code. May be deleted while the daemon is stopped.")
     )
     admins: tuple[str, ...] = _setting(
         (), "Who may do everything besides root and the daemon's own user: user names, uids, or `@group`."
@@ -92,6 +91,9 @@ class Config:
         600.0, "On CUDA: seconds without work after which the model is unloaded and the GPU is free; 0 keeps it.", low=0
     )
     model_load_timeout_s: float = _setting(900.0, "Seconds that loading the model may take.", low=1)
+    stall_timeout_s: float = _setting(
+        600.0, "Seconds without a step of the model (a token, an encoded window) until its process is replaced.", low=1
+    )
 
     # --- the queue ---
     capacity: int = _setting(1000, "How many jobs may wait; beyond it a submit is `queue_full`.", flag=True, low=2)

@@ -139,6 +139,16 @@ class FrameReader:
         """Bytes of the frame that is not complete yet."""
         return len(self._buffer)
 
+    @property
+    def ready(self) -> bool:
+        """True when `pop` has a frame to return or an error to raise."""
+        return bool(self._frames) or self._error is not None
+
+    @property
+    def waiting_descriptors(self) -> int:
+        """Descriptors that came for a frame that is not complete yet."""
+        return len(self._unowned)
+
     def feed(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Take bytes; never raises (see `pop`). After an error further bytes are dropped."""
         if self._error is not None:
