@@ -105,8 +105,8 @@ def start(role: str, argv: list[str] | None = None) -> HelperLink:
     os.nice(arguments.nice)
     logs.configure(arguments.log_level)
     channel = Channel(socket.socket(fileno=arguments.fd), max_bytes=MAX_REPLY_BYTES, descriptors=True)
-    channel.send(to_wire(HelperHello(role=role, version=__version__, pid=os.getpid())))
     try:
+        channel.send(to_wire(HelperHello(role=role, version=__version__, pid=os.getpid())))
         first = from_wire(channel.receive()[0])
     except (EOFError, OSError):
         os._exit(0)
