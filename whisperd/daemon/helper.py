@@ -121,10 +121,7 @@ class Helper:
 
     def rss_bytes(self) -> int:
         """Return the process's resident memory, 0 when it is gone."""
-        try:
-            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-        except (OSError, IndexError):
-            return 0
+        return process_rss_bytes(self.pid)
 
     def send(self, message: HelperMessage, descriptors: Sequence[int] = ()) -> None:
         """Queue a message; before the hello it waits. The descriptors are duplicated: the caller keeps its own.
@@ -276,6 +273,14 @@ class Helper:
         log.info("helper ended role=%s pid=%d reason=%r", self.role, self.pid, reason)
         returncode = None if number else code
         self._on_exit(self, ExitReason(returncode=returncode, signal=number, reason=reason, ready=ready))
+
+
+def process_rss_bytes(pid: int) -> int:
+    """Return a process's resident memory, 0 when there is no such process (proc(5), statm)."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return 0
 
 
 def _python() -> list[str]:

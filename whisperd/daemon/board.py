@@ -1,0 +1,132 @@
+"""The board: the loop's own view of all that lives, as of the last commit, with what only memory knows (progress).
+
+`health`, positions and the lanes read it; nothing here touches a disk. `apply` is the only way rows get in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from whisperd.daemon.rows import Change, JobRow, RunRow
+from whisperd.daemon.scheduler import Turns, Waiting, in_order
+from whisperd.protocol.jobs import WAITING, Job, JobState, Priority
+
+
+@dataclass(slots=True)
+class LiveRun:
+    """A run that has not ended. `phase` is a few words for people, `done` of `total` its lane's own unit."""
+
+    row: RunRow
+    phase: str = "waiting for decoding"
+    done: float = 0.0
+    total: float = 0.0
+    eta_s: float | None = None
+
+    @property
+    def progress(self) -> float:
+        """How far the model is, 0...1: decoding does not count."""
+        if self.row.state is not JobState.RUNNING or self.total <= 0:
+            return 0.0
+        return min(1.0, self.done / self.total)
+
+
+class Board:
+    """Live jobs and runs by id."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, JobRow] = {}
+        self.runs: dict[int, LiveRun] = {}
+        self.turns = Turns()  # the model lane's: positions are told by them
+        self._jobs_of: dict[int, set[int]] = {}
+        self._positions: dict[int, int] | None = None  # made anew when first asked for after a change
+        self._waiting: dict[Priority, int] | None = None
+
+    def apply(self, change: Change) -> None:
+        """Take over what a committed call changed."""
+        self._positions = self._waiting = None
+        for run in change.runs:
+            if run.state.ended:
+                self.runs.pop(run.id, None)
+            elif (live := self.runs.get(run.id)) is not None:
+                live.row = run
+            else:
+                self.runs[run.id] = LiveRun(run)
+        for job in change.jobs:
+            if job.state.ended:
+                self.jobs.pop(job.id, None)
+                self._leave(job)
+            else:
+                self.jobs[job.id] = job
+                self._jobs_of.setdefault(job.run_id, set()).add(job.id)
+
+    def _leave(self, job: JobRow) -> None:
+        mates = self._jobs_of.get(job.run_id, set())
+        mates.discard(job.id)
+        if not mates:
+            self._jobs_of.pop(job.run_id, None)
+
+    def jobs_of(self, run_id: int) -> list[JobRow]:
+        """Return the live jobs of a run."""
+        return [self.jobs[job_id] for job_id in sorted(self._jobs_of.get(run_id, ()))]
+
+    def priority(self, run_id: int) -> Priority:
+        """Return a run's priority: the highest of its jobs."""
+        interactive = any(job.priority is Priority.INTERACTIVE for job in self.jobs_of(run_id))
+        return Priority.INTERACTIVE if interactive else Priority.BACKGROUND
+
+    def waiting(self, runs: Iterable[LiveRun]) -> list[Waiting]:
+        """Return runs as the scheduler sees them."""
+        return [
+            Waiting(id=run.row.id, uid=run.row.uid, priority=self.priority(run.row.id), order=run.row.id)
+            for run in runs
+        ]
+
+    def waiting_jobs(self) -> dict[Priority, int]:
+        """Return how many jobs wait (are accepted and not running), by priority."""
+        if self._waiting is None:
+            self._waiting = dict.fromkeys(Priority, 0)
+            for job in self.jobs.values():
+                if job.state in WAITING:
+                    self._waiting[job.priority] += 1
+        return self._waiting
+
+    def position(self, run_id: int) -> int | None:
+        """Return a waiting run's place in the order of the model lane, 1 = next; None for one that does not wait."""
+        if self._positions is None:
+            queued = [run for run in self.runs.values() if run.row.state in WAITING]
+            ordered = in_order(self.waiting(queued), self.turns)
+            self._positions = {piece.id: place for place, piece in enumerate(ordered, start=1)}
+        return self._positions.get(run_id)
+
+    def served(self, run_id: int) -> None:
+        """Note that the model lane took a run: its user's turn is over."""
+        self.turns.serve(self.priority(run_id), self.runs[run_id].row.uid)
+        self._positions = None
+
+    def show(self, job: JobRow, run: RunRow) -> Job:
+        """Return a job as replies show it, with progress and position where it lives."""
+        live = self.runs.get(run.id) if not job.state.ended else None
+        return Job(
+            id=job.id,
+            state=job.state,
+            priority=job.priority,
+            uid=job.uid,
+            source=job.source,
+            options=job.options,
+            submitted_at=job.submitted_at,
+            started_at=job.started_at,
+            ended_at=job.ended_at,
+            position=None if live is None else self.position(run.id),
+            phase=str(job.state) if live is None else live.phase,
+            progress=live.progress if live else float(job.state is JobState.DONE),
+            eta_s=None if live is None else live.eta_s,
+            audio_s=run.audio_s,
+            attempts=run.starts,
+            error=None if job.error_code is None else {"code": job.error_code, "message": job.error_message or ""},
+        )
+
+    def show_live(self, job_id: int) -> Job | None:
+        """Return a live job as replies show it, or None when it has ended or never was."""
+        job = self.jobs.get(job_id)
+        return None if job is None else self.show(job, self.runs[job.run_id].row)

@@ -1,0 +1,197 @@
+"""SQLite in a thread of its own: one connection, write-ahead log, synchronous=FULL, calls in order, shared commits.
+
+The loop hands over functions; each runs inside a transaction against the rows themselves. Calls that wait together
+share one commit (a commit beside a large copy took 138 ms). A call that raises is rolled back alone. Results come back
+through the loop in commit order, never before the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from whisperd.daemon.migrations import MIGRATIONS
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+log = logging.getLogger("whisperd.database")
+
+T = TypeVar("T")
+Outcome = Any  # what the call returned, or the exception it raised
+
+_MAX_BATCH = 64
+# What a full disk looks like: SQLITE_FULL on a file system, SQLITE_IOERR_WRITE under RLIMIT_FSIZE or a quota.
+_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}
+
+
+class StateError(Exception):
+    """The state folder's database cannot be opened; the message says how to go on. The daemon ends with exit code 4."""
+
+
+@dataclass(slots=True)
+class _Call:
+    function: Callable[[sqlite3.Connection], Any]
+    done: Callable[[Outcome], None]
+    outcome: Outcome = None
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open or create the database and bring it to this version's shape.
+
+    Raises `StateError` for a damaged database, one that cannot be read or written, and one of a newer version.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise StateError(
+                f"{path} was written by a newer whisperd (format {version}, this one knows {len(MIGRATIONS)}): "
+                "install that version again, or start with another --state-dir"
+            )
+        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("quick_check found damage")
+        for number in range(version, len(MIGRATIONS)):
+            if number > 0:
+                _back_up(path, number)
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+            )
+            log.info("database migrated to=%d", number + 1)
+    except sqlite3.Error as error:
+        raise StateError(
+            f"the database {path} cannot be opened: {error}. Check the folder's owner and free space; if the file is "
+            f"damaged, move {path.name} and its -wal and -shm away (the queue in it is lost) and start again"
+        ) from None
+    return connection
+
+
+def _back_up(path: Path, version: int) -> None:
+    backup = path.with_name(f"{path.name}.before-{version + 1}")
+    shutil.copyfile(path, backup)
+    log.info("database backup=%s", backup)
+
+
+class Database:
+    """The store thread. `call` may be used from the loop only; `deliver` brings results back to the loop.
+
+    `failed` is called (through `deliver`) once, when storage fails in a way that must end the daemon: a failed fsync
+    is never tried again, because the kernel may have dropped the pages.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        deliver: Callable[[Callable[[], None]], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self.path = path
+        self.connection = open_database(path)
+        self._deliver = deliver
+        self._failed = failed
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="store", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Before this, `run` may be used directly (recovery at start-up)."""
+        self._thread.start()
+
+    def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run one function in a transaction of its own, in the caller's thread, before `start`."""
+        with self._transaction():
+            return function(self.connection)
+
+    def call(self, function: Callable[[sqlite3.Connection], T], done: Callable[[Outcome], None]) -> None:
+        """Run `function` in the store thread; after the commit `done` gets, in the loop, what it returned or raised."""
+        self._calls.put(_Call(function, done))
+
+    def stop(self) -> None:
+        """Finish what was handed over, fold the log into the database and close."""
+        self._calls.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(sqlite3.Error):
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Any:
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+
+    def _work(self) -> None:
+        while (first := self._calls.get()) is not None:
+            batch = [first]
+            stopping = False
+            while len(batch) < _MAX_BATCH:
+                try:
+                    following = self._calls.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    stopping = True
+                    break
+                batch.append(following)
+            try:
+                self._commit(batch)
+            except sqlite3.Error as error:
+                log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
+                self._deliver(lambda reason=str(error): self._failed(reason))  # type: ignore[misc]
+                return
+            for call in batch:
+                self._deliver(lambda call=call: call.done(call.outcome))  # type: ignore[misc]
+            if stopping:
+                return
+
+    def _commit(self, batch: list[_Call]) -> None:
+        """Run the calls under one commit; where that meets a full disk, each alone, so that reads still answer."""
+        try:
+            with self._transaction():
+                for call in batch:
+                    self._run_in_savepoint(call)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode not in _FULL:
+                raise
+            for call in batch:
+                self._commit_alone(call)
+
+    def _commit_alone(self, call: _Call) -> None:
+        try:
+            with self._transaction():
+                self._run_in_savepoint(call)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode not in _FULL:
+                raise
+            call.outcome = WhisperdError(
+                ErrorCode.STORAGE_FULL, f"the disk that holds {self.path.parent} is full: make room and try again"
+            )
+
+    def _run_in_savepoint(self, call: _Call) -> None:
+        execute = self.connection.execute
+        execute("SAVEPOINT call")
+        try:
+            call.outcome = call.function(self.connection)
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            if not isinstance(error, WhisperdError):
+                log.exception("store call failed")
+            execute("ROLLBACK TO call")
+            call.outcome = error
+        execute("RELEASE call")

@@ -1,0 +1,267 @@
+"""One function an operation, found by a table. A handler answers at once or arranges for the answer; it never waits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from whisperd import __version__
+from whisperd.daemon.house import House
+from whisperd.daemon.loop import Timer
+from whisperd.daemon.rows import Event, JobRow, RunRow, about
+from whisperd.daemon.server import Peer
+from whisperd.daemon.statistics import statistics
+from whisperd.daemon.store import Answer, not_found
+from whisperd.daemon.submitting import submit
+from whisperd.daemon.watchers import Subscription
+from whisperd.protocol import PROTOCOL_VERSION
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.frames import Raw
+from whisperd.protocol.messages import (
+    Cancel,
+    Chunk,
+    Forget,
+    Health,
+    Hello,
+    Jobs,
+    Model,
+    Pause,
+    Request,
+    Result,
+    Resume,
+    Retry,
+    Stats,
+    Submit,
+    Subscribe,
+)
+
+log = logging.getLogger("whisperd.handlers")
+
+_EVENT_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request with who asked and where to answer. `descriptors` are closed after the handler unless it took them."""
+
+    house: House
+    peer: Peer
+    id: int
+    descriptors: list[int]
+
+    def reply(self, result: Mapping[str, Any]) -> None:
+        """Answer with a result."""
+        self.peer.reply(self.id, result)
+
+    def fail(self, error: WhisperdError) -> None:
+        """Answer with an error."""
+        self.peer.fail(self.id, error)
+
+    def show(self, job: JobRow, run: RunRow) -> dict[str, Any]:
+        """Return a job as the wire has it."""
+        return self.house.board.show(job, run).to_wire()
+
+    def view(self) -> int | None:
+        """Return whose jobs the caller may see; None = everybody's."""
+        return self.house.view_of(self.peer)
+
+
+def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int]) -> None:
+    """Handle one request. Whatever goes wrong is an answer to its client and nobody else's business."""
+    call = Call(house, peer, request.id, descriptors)
+    try:
+        _HANDLERS[type(request.params)](call, request.params)
+    except WhisperdError as error:
+        call.fail(error)
+    except Exception:
+        log.exception("handler failed op=%s", request.op)
+        call.fail(WhisperdError(ErrorCode.INTERNAL, "an unexpected error, which the daemon's log describes"))
+
+
+def _handle_hello(call: Call, params: Hello) -> None:
+    call.reply({"protocol": PROTOCOL_VERSION, "server": "whisperd", "version": __version__})
+
+
+def _handle_health(call: Call, params: Health) -> None:
+    call.reply(call.house.health())
+
+
+def _handle_stats(call: Call, params: Stats) -> None:
+    statistics(call.house, call.reply, call.fail)
+
+
+def _handle_submit(call: Call, params: Submit) -> None:
+    submit(call.house, call.peer, params, call.descriptors, call.reply, call.fail)
+
+
+def _handle_chunk(call: Call, params: Chunk) -> None:
+    raise WhisperdError(
+        ErrorCode.BAD_REQUEST, f"there is no upload {params.upload} on this connection: this version takes descriptors"
+    )
+
+
+def _handle_result(call: Call, params: Result) -> None:
+    """Answer with the job, and with its transcript once it is done; wait for the end if asked to."""
+    board, watchers = call.house.board, call.house.watchers
+    live = board.jobs.get(params.job)
+    view = call.view()
+    if live is not None and view is not None and live.uid != view:
+        raise not_found(params.job)
+    if live is None or params.wait_s == 0:
+        _answer(call, params.job)
+        return
+    timer: Timer | None = None
+
+    def wake() -> None:
+        if timer is not None:
+            timer.cancel()
+        watchers.unwait(params.job, call.peer, call.id)
+        _answer(call, params.job)
+
+    watchers.wait(params.job, call.peer, call.id, wake)
+    if params.wait_s is not None:
+        timer = call.house.loop.call_later(params.wait_s, wake)
+
+
+def _answer(call: Call, job_id: int) -> None:
+    store = call.house.ledger.store
+    view = call.view()
+
+    def then(answer: Answer) -> None:
+        transcript = None if answer.transcript is None else Raw(answer.transcript)
+        call.reply({"job": call.show(answer.job, answer.run), "transcript": transcript})
+
+    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view), then, call.fail)
+
+
+def _handle_jobs(call: Call, params: Jobs) -> None:
+    if params.all and not call.house.is_admin(call.peer.uid):
+        raise WhisperdError(ErrorCode.FORBIDDEN, "only administrators see everybody's jobs: leave out `all`")
+    uid = None if params.all else call.peer.uid
+    store = call.house.ledger.store
+
+    def then(found: list[tuple[JobRow, RunRow]]) -> None:
+        shown = [call.show(job, run) for job, run in found[: params.limit]]
+        call.reply({"jobs": shown, "more": len(found) > params.limit})
+
+    call.house.ledger.read(
+        lambda db, now: store.jobs(db, uid=uid, state=params.state, before=params.before, limit=params.limit + 1),
+        then,
+        call.fail,
+    )
+
+
+def _handle_cancel(call: Call, params: Cancel) -> None:
+    store, view = call.house.ledger.store, call.view()
+    call.house.ledger.commit(
+        lambda db, now: store.cancel(db, params.job, now, uid=view),
+        lambda change: call.reply({"job": call.show(*about(change))}),
+        call.fail,
+    )
+
+
+def _handle_retry(call: Call, params: Retry) -> None:
+    raise _later("retry")
+
+
+def _handle_forget(call: Call, params: Forget) -> None:
+    store, view = call.house.ledger.store, call.view()
+    call.house.ledger.commit(
+        lambda db, now: store.forget(db, params.job, uid=view),
+        lambda change: call.reply({"job": call.show(*about(change))}),
+        call.fail,
+    )
+
+
+def _handle_subscribe(call: Call, params: Subscribe) -> None:
+    """Answer with where the job is, push the events since `after_seq`, then push what comes."""
+    uid = call.peer.uid
+    if params.job is None:
+        call.house.watchers.subscribe(Subscription(peer=call.peer, request_id=call.id, uid=uid, job_id=None))
+        call.reply({"job": None, "last_seq": 0})
+        return
+    job_id = params.job
+    store, view = call.house.ledger.store, call.view()
+
+    def then(answer: Answer) -> None:
+        call.reply({"job": call.show(answer.job, answer.run), "last_seq": answer.job.last_seq})
+        _push_events(call, job_id, params.after_seq)
+
+    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view, with_transcript=False), then, call.fail)
+
+
+def _push_events(call: Call, job_id: int, after_seq: int) -> None:
+    """Push stored events page by page, as the reader takes them; after the last page, follow the job live.
+
+    The last, incomplete page and what is committed after it arrive in commit order, so nothing falls between.
+    """
+    if call.peer.closed:
+        return
+    house = call.house
+    subscription = Subscription(peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id)
+
+    def then(events: list[Event]) -> None:
+        for event in events:
+            subscription.push(event)
+        if events and events[-1].kind == "end":
+            call.peer.finish(call.id)
+        elif len(events) == _EVENT_PAGE:
+            call.peer.on_drained(lambda: _push_events(call, job_id, events[-1].seq))
+        elif job_id in house.board.jobs:
+            house.watchers.subscribe(subscription)
+        else:
+            call.peer.finish(call.id)  # it ended before `after_seq`, or was forgotten meanwhile
+
+    def failed(error: WhisperdError) -> None:
+        call.peer.finish(call.id)
+
+    store = house.ledger.store
+    house.ledger.read(lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE), then, failed)
+
+
+def _handle_model(call: Call, params: Model) -> None:
+    _admins_only(call, "load or unload the model")
+    if params.action == "load":
+        call.house.modelling.load()
+    else:
+        call.house.modelling.unload()
+    call.reply({"model": call.house.modelling.show()})
+
+
+def _handle_pause(call: Call, params: Pause) -> None:
+    raise _later("pause")
+
+
+def _handle_resume(call: Call, params: Resume) -> None:
+    raise _later("resume")
+
+
+def _admins_only(call: Call, what: str) -> None:
+    if not call.house.is_admin(call.peer.uid):
+        raise WhisperdError(
+            ErrorCode.FORBIDDEN, f"only administrators may {what}: ask one, or be added to the setting `admins`"
+        )
+
+
+def _later(op: str) -> WhisperdError:
+    return WhisperdError(ErrorCode.BAD_REQUEST, f"this version of whisperd does not know {op!r} yet")
+
+
+_HANDLERS: Mapping[type[Any], Callable[[Call, Any], None]] = {
+    Hello: _handle_hello,
+    Health: _handle_health,
+    Stats: _handle_stats,
+    Submit: _handle_submit,
+    Chunk: _handle_chunk,
+    Result: _handle_result,
+    Jobs: _handle_jobs,
+    Cancel: _handle_cancel,
+    Retry: _handle_retry,
+    Forget: _handle_forget,
+    Subscribe: _handle_subscribe,
+    Model: _handle_model,
+    Pause: _handle_pause,
+    Resume: _handle_resume,
+}

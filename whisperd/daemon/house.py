@@ -1,0 +1,267 @@
+"""The house: the parts of the daemon, put together once, and the few questions that concern them all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from whisperd import __version__
+from whisperd.daemon.board import Board
+from whisperd.daemon.config import Config, admin_uids
+from whisperd.daemon.database import Database
+from whisperd.daemon.lanes.copying import CopyLane
+from whisperd.daemon.lanes.decoding import DecodeLane
+from whisperd.daemon.lanes.modelling import ModelLane
+from whisperd.daemon.lanes.pool import Pool
+from whisperd.daemon.ledger import Ledger
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.rows import Change
+from whisperd.daemon.scheduler import admits
+from whisperd.daemon.server import Peer
+from whisperd.daemon.spool import Spool
+from whisperd.daemon.store import DAY_S, Retention, Store
+from whisperd.daemon.watchers import Watchers
+from whisperd.protocol import PROTOCOL_VERSION
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.jobs import Priority
+
+log = logging.getLogger("whisperd")
+
+_HOUSEKEEPING_S = 60.0
+_DISK_LOOK_S = 5.0
+
+
+class House:
+    """Everything the handlers reach: loop, configuration, ledger, lanes."""
+
+    def __init__(self, loop: Loop, config: Config, database: Database) -> None:
+        self.loop, self.config = loop, config
+        self.started_at = loop.time()
+        self.stopping = False
+        self.connections: Callable[[], int] = lambda: 0  # the server's count, once there is a server
+        self._admins = admin_uids(config)
+        self.free_bytes = 0  # of the spool's disk, looked at by the store thread
+        store = Store(
+            Retention(
+                jobs_s=config.retention_days * DAY_S,
+                keys_s=config.key_retention_days * DAY_S,
+                failed_audio_s=config.keep_failed_audio_hours * 3600,
+            )
+        )
+        self.board, self.watchers, self.metrics = Board(), Watchers(), Metrics()
+        self.ledger = Ledger(
+            database=database,
+            store=store,
+            board=self.board,
+            watchers=self.watchers,
+            spool=Spool(config.state_dir / "spool"),
+            metrics=self.metrics,
+        )
+        self.database = database
+        env = helper_environment(config)
+        self.copying = CopyLane(
+            lambda freed: self._pool("copier", config.copiers, config.copy_timeout_s, env, freed),
+            self.ledger.spool,
+            per_user=config.copies_per_user,
+        )
+        self.decoding = DecodeLane(
+            lambda freed: self._pool("decoder", config.decoders, config.decode_timeout_s, env, freed),
+            self.ledger,
+            loop,
+        )
+        self.modelling = ModelLane(loop, config, self.ledger, env)
+        self.ledger.changed = self._changed
+
+    def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
+        config = self.config
+        settings = {"spool": str(self.ledger.spool.path)}
+        names = {
+            "copier": ("max_source_bytes",),
+            "decoder": ("max_audio_s", "decode_cpu_s", "decode_memory_mb"),
+        }
+        return Pool(
+            self.loop,
+            config,
+            role=role,
+            module=f"whisperd.audio.{role}",
+            size=size,
+            silent_s=silent_s,
+            settings=settings | {name: getattr(config, name) for name in names[role]},
+            env=env,
+            freed=freed,
+        )
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Read what an earlier life left, put interrupted work back, sweep the spool. Before the socket is there."""
+        now = self.ledger.clock()
+        live, named = self.database.run(lambda db: self.ledger.store.recover(db, now))
+        self.board.apply(live)
+        for run in self.board.runs.values():
+            if run.row.decoded:
+                run.phase = "waiting for the model"
+        self.ledger.spool.start(named)
+        self.free_bytes = self.ledger.spool.free_bytes()
+        if live.jobs:
+            log.info("recovered jobs=%d runs=%d", len(live.jobs), len(live.runs))
+
+    def start(self) -> None:
+        """Start the store thread, the helpers and the housekeeping."""
+        self.database.start()
+        self.copying.pool.warm_up()
+        self.decoding.pool.warm_up()
+        self.modelling.load()
+        self._changed(Change())
+        self._housekeep()
+        self._look_at_disk()
+        self.loop.call_later(self.config.attach_grace_s, self._drop_unheld)
+
+    def stop(self) -> None:
+        """End the helpers; running work returns to the queue, copies are refused."""
+        self.stopping = True
+        self.copying.stop()
+        self.decoding.stop()
+        self.modelling.stop()
+
+    def helpers_left(self) -> int:
+        """Return how many helper processes have not ended."""
+        pools = len(self.copying.pool.helpers) + len(self.decoding.pool.helpers)
+        return pools + (self.modelling.helper is not None)
+
+    def _changed(self, change: Change) -> None:
+        if self.stopping:
+            return
+        self.decoding.changed(change)
+        self.modelling.changed(change)
+
+    def _housekeep(self) -> None:
+        def then(change: Change) -> None:
+            # A full batch means that there is more; the queue stays open to others between batches.
+            delay_s = 0.1 if len(change.gone_jobs) >= 200 else _HOUSEKEEPING_S
+            self.loop.call_later(delay_s, self._housekeep)
+
+        store = self.ledger.store
+        later = lambda error: self.loop.call_later(_HOUSEKEEPING_S, self._housekeep)  # noqa: E731
+        self.ledger.commit(lambda db, now: store.housekeep(db, now), then, later)
+
+    def _look_at_disk(self) -> None:
+        def then(free_bytes: int) -> None:
+            self.free_bytes = free_bytes
+            self.loop.call_later(_DISK_LOOK_S, self._look_at_disk)
+
+        self.ledger.read(lambda db, now: self.ledger.spool.free_bytes(), then)
+
+    def _drop_unheld(self) -> None:
+        """After a restart: cancel the attached jobs whose holders did not come back."""
+        for job in list(self.board.jobs.values()):
+            if job.attached and not self.watchers.held(job.id):
+                self.cancel_unheld(job.id)
+
+    def cancel_unheld(self, job_id: int) -> None:
+        """Cancel a job that has lost its last holder."""
+        log.info("job=%d nobody holds it any more", job_id)
+        store = self.ledger.store
+        self.ledger.commit(lambda db, now: store.cancel(db, job_id, now, uid=None))
+
+    def peer_closed(self, peer: Peer) -> None:
+        """A client is gone: its waits end and its attached jobs lose a holder."""
+        self.copying.client_left(peer.id)
+        for job_id in self.watchers.forget_peer(peer):
+            if not self.stopping:
+                self.cancel_unheld(job_id)
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def is_admin(self, uid: int) -> bool:
+        """True for root, the daemon's own user, and the users and groups of the setting `admins`."""
+        return uid in self._admins
+
+    def view_of(self, peer: Peer) -> int | None:
+        """Return whose jobs a peer may see: None = everybody's."""
+        return None if self.is_admin(peer.uid) else peer.uid
+
+    def waiting(self) -> dict[Priority, int]:
+        """Return how many places of the queue are taken, by priority: waiting jobs and copies under way."""
+        copies = self.copying.counts()
+        return {priority: count + copies[priority] for priority, count in self.board.waiting_jobs().items()}
+
+    def admit(self, priority: Priority, size_bytes: int) -> None:
+        """Raise what refuses one more job: `stopping`, `storage_full` or `queue_full`."""
+        config = self.config
+        if self.stopping:
+            raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: submit again when it is back")
+        if self.free_bytes - size_bytes < config.min_free_bytes:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL,
+                f"{config.state_dir} has {self.free_bytes} bytes free, and {config.min_free_bytes} must stay free "
+                "(setting min_free_bytes): make room and submit again",
+            )
+        reserved = max(1, int(config.capacity * config.interactive_capacity_share))
+        waiting = sum(self.waiting().values())
+        if not admits(priority=priority, capacity=config.capacity, reserved=reserved, waiting=waiting):
+            raise WhisperdError(
+                ErrorCode.QUEUE_FULL,
+                f"{waiting} jobs wait already and the queue holds {config.capacity} (of which {reserved} for "
+                "interactive jobs only): submit again when some have ended",
+            )
+
+    def model_identity(self) -> list[Any]:
+        """Return what tells one model's results from another's: its name and type, and a file's size and age."""
+        config = self.config
+        identity: list[Any] = [config.model, config.dtype]
+        try:
+            status = os.stat(config.model)
+        except OSError:  # a name, not a path
+            return identity
+        return [*identity, status.st_size, status.st_mtime_ns]
+
+    def problems(self) -> list[str]:
+        """Return what keeps the daemon from working as it should, each with what to do."""
+        found = [self.copying.pool.problem, self.decoding.problem]
+        if self.modelling.state == "failed":
+            found.append(f"the model is not loaded: {self.modelling.error}")
+        if self.modelling.held and not self.stopping:
+            found.append("an administrator has unloaded the model: `whisperctl model load` loads it again")
+        if self.free_bytes < self.config.min_free_bytes:
+            found.append(f"{self.config.state_dir} is nearly full: submits are refused until there is room")
+        return [problem for problem in found if problem]
+
+    def status(self) -> str:
+        """Return the one word of `health`."""
+        if self.stopping:
+            return "stopping"
+        if self.modelling.paused or self.modelling.held:
+            return "paused"
+        if self.problems():
+            return "degraded"
+        return "ready" if self.modelling.state == "ready" else "starting"
+
+    def health(self) -> dict[str, Any]:
+        """Return the reply to `health`: memory only, so that it answers whatever else goes on."""
+        return {
+            "status": self.status(),
+            "version": __version__,
+            "protocol": PROTOCOL_VERSION,
+            "pid": os.getpid(),
+            "uptime_s": self.loop.time() - self.started_at,
+            "model": self.modelling.show(),
+            "queue": {"depth": sum(self.waiting().values()), "capacity": self.config.capacity},
+            "problems": self.problems(),
+        }
+
+
+def helper_environment(config: Config) -> dict[str, str]:
+    """Return the environment of the helpers: ours, with the compilers' caches in the cache folder."""
+    env = dict(os.environ)
+    # systemd's own variables are for the daemon alone.
+    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        env.pop(name, None)
+    for name in ("NUMBA", "TRITON", "TORCHINDUCTOR"):
+        env.setdefault(f"{name}_CACHE_DIR", str(config.cache_dir / name.lower()))
+    if config.threads:
+        env["OMP_NUM_THREADS"] = str(config.threads)
+    return env

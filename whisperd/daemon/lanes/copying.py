@@ -1,0 +1,140 @@
+"""The copy lane: a submitted descriptor becomes a durable file in the spool, then a job."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from whisperd.daemon.lanes.pool import Pool, Task
+from whisperd.daemon.scheduler import Turns, Waiting, pick
+from whisperd.daemon.spool import Spool
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.helper_messages import Copied, CopyIn, Failed, HelperMessage
+from whisperd.protocol.jobs import Priority
+
+log = logging.getLogger("whisperd.lanes")
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Copy:
+    """A copy that waits or runs. It owns `descriptor` until it ends.
+
+    Ends with one call of `copied` or `refused`. A copy counts as a waiting job from its admission on; after `copied`
+    until the caller says `CopyLane.settled`, when the job itself counts.
+    """
+
+    uid: int
+    priority: Priority
+    descriptor: int
+    folder: str
+    client: int | None  # the connection with which it ends, if it does not outlive its client
+    copied: Callable[[Copied], None]
+    refused: Callable[[WhisperdError], None]
+    ticket: int = 0
+    active: bool = False
+
+
+class CopyLane:
+    """Copies by priority and in turns, at most `per_user` of one user at a time."""
+
+    def __init__(self, make_pool: Callable[[Callable[[], None]], Pool], spool: Spool, *, per_user: int) -> None:
+        self.pool = make_pool(self.pump)
+        self._spool = spool
+        self._per_user = per_user
+        self._turns = Turns()
+        self._tickets = itertools.count(1)
+        self._copies: dict[int, Copy] = {}
+        self._committing: dict[int, Copy] = {}
+        self.failed = 0
+
+    @property
+    def waiting(self) -> int:
+        """Copies that have not begun."""
+        return sum(not copy.active for copy in self._copies.values())
+
+    def counts(self) -> dict[Priority, int]:
+        """Return how many copies wait or run, by priority: each is a job to be."""
+        counts = dict.fromkeys(Priority, 0)
+        for copy in (*self._copies.values(), *self._committing.values()):
+            counts[copy.priority] += 1
+        return counts
+
+    def add(self, copy: Copy) -> None:
+        """Take a copy over."""
+        copy.ticket = next(self._tickets)
+        self._copies[copy.ticket] = copy
+        self.pump()
+
+    def settled(self, copy: Copy) -> None:
+        """Give back the place of a copy that has become a job, or could not."""
+        self._committing.pop(copy.ticket, None)
+
+    def client_left(self, client: int) -> None:
+        """Give up the copies that end with a connection: nobody could learn of their jobs any more."""
+        for copy in [copy for copy in self._copies.values() if copy.client == client]:
+            if copy.active:
+                self.pool.cancel(copy.ticket)
+            else:
+                self._refuse(copy, WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied"))
+
+    def stop(self) -> None:
+        """Refuse every copy: the daemon stops, and what is not accepted is the client's to submit again."""
+        self.pool.stop()
+        for copy in list(self._copies.values()):
+            self._refuse(
+                copy, WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: submit again when it is back")
+            )
+
+    def pump(self) -> None:
+        """Start what may start."""
+        while True:
+            active = Counter(copy.uid for copy in self._copies.values() if copy.active)
+            ready = [c for c in self._copies.values() if not c.active and active[c.uid] < self._per_user]
+            waiting = [Waiting(id=c.ticket, uid=c.uid, priority=c.priority, order=c.ticket) for c in ready]
+            chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=self.pool.busy)
+            if chosen is None:
+                return
+            self._start(self._copies[chosen.id])
+
+    def _start(self, copy: Copy) -> None:
+        copy.active = True
+        self._turns.serve(copy.priority, copy.uid)
+        self.pool.run(
+            Task(
+                run=copy.ticket,
+                generation=1,
+                priority=copy.priority,
+                message=CopyIn(run=copy.ticket, generation=1, folder=copy.folder),
+                descriptors=[copy.descriptor],
+                done=lambda message: self._answered(copy, message),
+                lost=lambda reason: self._refuse(copy, _lost(reason)),
+            )
+        )
+
+    def _answered(self, copy: Copy, message: HelperMessage) -> None:
+        if isinstance(message, Copied):
+            self._committing[copy.ticket] = self._copies.pop(copy.ticket)
+            os.close(copy.descriptor)
+            copy.copied(message)
+        elif isinstance(message, Failed):
+            self._refuse(copy, WhisperdError(message.code, message.message))
+
+    def _refuse(self, copy: Copy, error: WhisperdError) -> None:
+        if self._copies.pop(copy.ticket, None) is None:
+            return
+        if error.code not in (ErrorCode.CANCELLED, ErrorCode.STOPPING):
+            self.failed += 1
+        os.close(copy.descriptor)
+        self._spool.remove(copy.folder)
+        copy.refused(error)
+
+
+def _lost(reason: str) -> WhisperdError:
+    return WhisperdError(
+        ErrorCode.BAD_AUDIO,
+        f"the file could not be read to its end ({reason}): copy it to a local disk and submit that",
+    )

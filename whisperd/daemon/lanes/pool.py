@@ -1,0 +1,204 @@
+"""A pool of helpers that each work on one thing at a time. Knows no jobs: tasks in, answers or losses out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from whisperd.daemon.config import Config
+from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.loop import Loop, Timer
+from whisperd.protocol.errors import ErrorCode
+from whisperd.protocol.helper_messages import Cancel, Failed, Heartbeat, HelperMessage, Progress
+from whisperd.protocol.jobs import Priority
+
+log = logging.getLogger("whisperd.lanes")
+
+_MAX_FAILED_STARTS = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """One piece of work for a pool. Exactly one of `done` and `lost` is called, in the end.
+
+    `done` gets the helper's answer (a cancelled task: `Failed` with `cancelled`), `lost` why the helper is gone.
+    """
+
+    run: int
+    generation: int
+    priority: Priority
+    message: HelperMessage
+    descriptors: Sequence[int] = ()
+    progressed: Callable[[Progress], None] = lambda progress: None
+    done: Callable[[HelperMessage], None]
+    lost: Callable[[str], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    helper: Helper
+    task: Task | None = None
+    cancelled: bool = False
+    overdue: Timer | None = field(default=None)
+
+
+class Pool:
+    """Up to `size` helpers of one role, started when needed, the first one ahead of time.
+
+    A task that shows no progress for `silent_s` loses its helper. `freed` is called whenever a place became free.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        *,
+        role: str,
+        module: str,
+        size: int,
+        silent_s: float,
+        settings: Mapping[str, Any],
+        env: Mapping[str, str],
+        freed: Callable[[], None],
+    ) -> None:
+        self._loop, self._config = loop, config
+        self._role, self._module, self._size, self._silent_s = role, module, size, silent_s
+        self._settings, self._env, self._freed = settings, env, freed
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+        self._stopping = False
+        self.problem: str | None = None
+        self.failures = 0
+
+    @property
+    def size(self) -> int:
+        """How many tasks can be worked on at once: none while helpers do not even start."""
+        return 0 if self.problem else self._size
+
+    @property
+    def busy(self) -> dict[Priority, int]:
+        """How many tasks are being worked on, by priority."""
+        counts = dict.fromkeys(Priority, 0)
+        for worker in self._workers:
+            if worker.task is not None:
+                counts[worker.task.priority] += 1
+        return counts
+
+    @property
+    def helpers(self) -> list[Helper]:
+        """The helper processes that live."""
+        return [worker.helper for worker in self._workers]
+
+    def warm_up(self) -> None:
+        """Start one helper ahead of the first task."""
+        if not self._workers and not self._stopping:
+            self._spawn()
+
+    def run(self, task: Task) -> None:
+        """Give a task to a free helper, or to a new one. The caller has seen a free place."""
+        worker = next((worker for worker in self._workers if worker.task is None), None)
+        if worker is None:
+            worker = self._spawn()
+        worker.task, worker.cancelled = task, False
+        self._expect_progress(worker)
+        worker.helper.send(task.message, task.descriptors)
+
+    def cancel(self, run: int) -> None:
+        """End the work on a run; its helper is replaced if it does not give up within the grace."""
+        for worker in self._workers:
+            if worker.task is not None and worker.task.run == run and not worker.cancelled:
+                worker.cancelled = True
+                worker.helper.send(Cancel(run=run, generation=worker.task.generation))
+                self._set_timer(worker, self._config.cancel_grace_s, "did not give up a cancelled task")
+
+    def stop(self) -> None:
+        """End all helpers; their tasks are lost without a call."""
+        self._stopping = True
+        for worker in self._workers:
+            worker.task = None
+            self._clear_timer(worker)
+            worker.helper.close()
+
+    def _spawn(self) -> _Worker:
+        helper = Helper(
+            self._loop,
+            role=self._role,
+            module=self._module,
+            settings=self._settings,
+            nice=self._config.helper_nice,
+            log_level=self._config.log_level,
+            env=self._env,
+            on_message=self._on_message,
+            on_exit=self._on_exit,
+            heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+        )
+        worker = _Worker(helper)
+        self._workers.append(worker)
+        return worker
+
+    def _expect_progress(self, worker: _Worker) -> None:
+        self._set_timer(worker, self._silent_s, f"made no progress for {self._silent_s:g} s")
+
+    def _set_timer(self, worker: _Worker, delay_s: float, reason: str) -> None:
+        self._clear_timer(worker)
+        worker.overdue = self._loop.call_later(delay_s, lambda: worker.helper.kill(reason))
+
+    def _clear_timer(self, worker: _Worker) -> None:
+        if worker.overdue is not None:
+            worker.overdue.cancel()
+            worker.overdue = None
+
+    def _worker(self, helper: Helper) -> _Worker | None:
+        return next((worker for worker in self._workers if worker.helper is helper), None)
+
+    def _on_message(self, helper: Helper, message: HelperMessage) -> None:
+        self._failed_starts = 0
+        worker = self._worker(helper)
+        if worker is None or worker.task is None or isinstance(message, Heartbeat):
+            return
+        task = worker.task
+        if (getattr(message, "run", None), getattr(message, "generation", None)) != (task.run, task.generation):
+            return  # a late word about work that is over
+        if isinstance(message, Progress):
+            if not worker.cancelled:
+                self._expect_progress(worker)
+                task.progressed(message)
+            return
+        worker.task = None
+        self._clear_timer(worker)
+        task.done(message)
+        self._freed()
+
+    def _on_exit(self, helper: Helper, reason: ExitReason) -> None:
+        worker = self._worker(helper)
+        if worker is None:
+            return
+        self._workers.remove(worker)
+        self._clear_timer(worker)
+        if self._stopping:
+            return
+        self.failures += 1
+        if not reason.ready:
+            self._failed_start(reason)
+        task = worker.task
+        if task is not None and worker.cancelled:
+            task.done(Failed(run=task.run, generation=task.generation, code=ErrorCode.CANCELLED, message="cancelled"))
+        elif task is not None:
+            log.warning("helper lost role=%s run=%d reason=%s", self._role, task.run, reason.reason)
+            task.lost(reason.reason)
+        self._freed()
+
+    def _failed_start(self, reason: ExitReason) -> None:
+        """Helpers that die before their first word would be started for ever: rest, then try one."""
+        self._failed_starts += 1
+        if self._failed_starts < _MAX_FAILED_STARTS or self.problem:
+            return
+        self.problem = f"the {self._role} helper does not start ({reason.reason}); the log says more; trying again"
+        self._loop.call_later(self._config.helper_backoff_max_s, self._try_again)
+
+    def _try_again(self) -> None:
+        self.problem, self._failed_starts = None, _MAX_FAILED_STARTS - 1
+        self.warm_up()
+        self._freed()

@@ -1,0 +1,102 @@
+"""Commit before effect: one place where store calls are made and what they changed is told on.
+
+`commit` runs a store call in the store thread; after its commit the board takes the change over, doomed folders are
+deleted, events are pushed, the lanes look for work, and only then the caller goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from whisperd.daemon.board import Board
+from whisperd.daemon.database import Database
+from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.rows import Change
+from whisperd.daemon.spool import Spool
+from whisperd.daemon.store import Store
+from whisperd.daemon.watchers import Watchers
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.jobs import JobState
+
+log = logging.getLogger("whisperd.jobs")
+
+T = TypeVar("T")
+StoreCall = Callable[[sqlite3.Connection, float], T]
+
+
+class Ledger:
+    """The store and all that follows from a commit. `clock` gives Unix seconds, for rows only, never for deadlines."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        store: Store,
+        board: Board,
+        watchers: Watchers,
+        spool: Spool,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self.store = store
+        self.board = board
+        self.watchers = watchers
+        self.spool = spool
+        self.metrics = metrics
+        self.clock = clock
+        self.changed: Callable[[Change], None] = lambda change: None  # the lanes' call, set when they are there
+
+    def commit(
+        self,
+        call: StoreCall[Change],
+        then: Callable[[Change], None] = lambda change: None,
+        failed: Callable[[WhisperdError], object] | None = None,
+    ) -> None:
+        """Run a store call; `then` gets its change once it is durable and told, `failed` the error otherwise."""
+
+        def committed(change: Change) -> None:
+            self.board.apply(change)
+            for folder in change.folders:
+                self.spool.remove(folder)
+            self._note(change)
+            self.watchers.publish(change.events)
+            self.changed(change)
+            then(change)
+
+        self.read(call, committed, failed)
+
+    def read(
+        self,
+        call: StoreCall[T],
+        then: Callable[[T], None],
+        failed: Callable[[WhisperdError], object] | None = None,
+    ) -> None:
+        """Run a call that changes nothing, in order with those that do."""
+
+        def done(outcome: Any) -> None:
+            if not isinstance(outcome, Exception):
+                then(outcome)
+                return
+            error = outcome
+            if not isinstance(error, WhisperdError):
+                error = WhisperdError(ErrorCode.INTERNAL, "an unexpected error, which the daemon's log describes")
+            if failed is None:
+                log.error("store call failed code=%s message=%s", error.code, error.message)
+            else:
+                failed(error)
+
+        self._database.call(lambda db: call(db, self.clock()), done)
+
+    def _note(self, change: Change) -> None:
+        jobs = {job.id: job for job in change.jobs}
+        for event in change.events:
+            if event.kind == "segment":
+                continue
+            state, error = event.payload["state"], event.payload.get("error")
+            self.metrics.moved(JobState(state), jobs.get(event.job_id))
+            log.info("job=%d state=%s%s", event.job_id, state, f" error={error['code']}" if error else "")

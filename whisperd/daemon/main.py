@@ -1,0 +1,184 @@
+"""The daemon's command: settings, locks, the order of starting and stopping, exit codes."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from whisperd import __version__
+from whisperd.daemon import systemd
+from whisperd.daemon.config import Config, ConfigError, load_config
+from whisperd.daemon.database import Database, StateError
+from whisperd.daemon.handlers import dispatch
+from whisperd.daemon.house import House
+from whisperd.daemon.listener import SocketTakenError, make_folder
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.server import Server
+from whisperd.protocol import logs
+from whisperd.protocol.paths import default_paths
+
+log = logging.getLogger("whisperd")
+
+EXIT_STORAGE = 1  # storage failed under it
+EXIT_USAGE = 2  # wrong usage or configuration
+EXIT_TAKEN = 3  # another daemon owns the socket or the state
+EXIT_STATE = 4  # the state cannot be opened
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.command(context_settings=_CONTEXT)
+@click.option("--config", metavar="FILE", help="Settings in TOML; docs/configuration.md lists them.")
+@click.option("--socket", metavar="PATH", help="Unix socket to listen on.")
+@click.option("--state-dir", metavar="DIR", help="Folder of the queue, the audio and the transcripts.")
+@click.option("--cache-dir", metavar="DIR", help="Folder of models and compilers' caches.")
+@click.option("--model", metavar="NAME|PATH", help="A name such as small, a checkpoint, a CTranslate2 folder, or demo.")
+@click.option("--device", metavar="DEVICE", help="auto, cpu or cuda[:N].")
+@click.option("--threads", metavar="N", help="CPU threads of the model; 0 = all cores.")
+@click.option("--capacity", metavar="N", help="How many jobs may wait.")
+@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@click.option("--check", is_flag=True, help="Check the settings and exit.")
+@click.version_option(__version__, "-V", "--version", prog_name="whisperd")
+def main(check: bool, **flags: Any) -> None:
+    """Own the GPU: load one Whisper model and transcribe for every program on this machine.
+
+    Runs in the foreground and logs to stderr; `whisperctl` talks to it.
+    """
+    logs.configure()
+    try:
+        config = load_config(_given(flags), os.environ, default_paths())
+    except ConfigError as error:
+        _end(EXIT_USAGE, str(error))
+    if check:
+        click.echo("the settings are good")
+        return
+    logs.configure(config.log_level)
+    sys.exit(serve(config))
+
+
+def serve(config: Config) -> int:
+    """Run the daemon until it is told to stop; return its exit code."""
+    os.umask(0o077)
+    locks = []
+    try:
+        for folder in (config.state_dir, config.cache_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        locks.append(_lock(config.state_dir / "whisperd.lock"))
+    except OSError as error:
+        _end(EXIT_STATE, f"the state cannot be opened: {error}: check who owns {config.state_dir}")
+    try:
+        # A lock of its own: whoever is about to replace a stale socket must be alone at it.
+        make_folder(config.socket.parent)
+        locks.append(_lock(config.socket.with_name(f"{config.socket.name}.lock")))
+    except OSError as error:
+        _end(EXIT_USAGE, f"no socket can be made at {config.socket}: {error}; name another with --socket")
+    if None in locks:
+        _end(
+            EXIT_TAKEN,
+            f"another whisperd works with {config.state_dir} or {config.socket}: stop it, or name another --state-dir "
+            "and --socket",
+        )
+    try:
+        return _Daemon(config).run()
+    except ConfigError as error:
+        _end(EXIT_USAGE, str(error))
+    except StateError as error:
+        _end(EXIT_STATE, str(error))
+    except SocketTakenError as error:
+        _end(EXIT_TAKEN, str(error))
+
+
+class _Daemon:
+    """Starts the parts in order, and stops them in the opposite one."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._loop = Loop()
+        self._exit_code = 0
+        self._stopping = False
+
+    def run(self) -> int:
+        config, loop = self._config, self._loop
+        database = Database(
+            config.state_dir / "whisperd.sqlite3", deliver=loop.call_soon_threadsafe, failed=self._storage_failed
+        )
+        self._house = house = House(loop, config, database)
+        house.recover()
+        # The socket comes last: who can connect finds a daemon that knows all its jobs.
+        self._server = server = Server(
+            loop,
+            config,
+            dispatch=lambda peer, request, descriptors: dispatch(house, peer, request, descriptors),
+            closed=house.peer_closed,
+            unlimited=house.is_admin,
+        )
+        house.connections = lambda: server.count
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.on_signal(number, self._stop)
+        house.start()
+        log.info(
+            "started version=%s pid=%d socket=%s state=%s model=%s device=%s capacity=%d",
+            *(__version__, os.getpid(), config.socket, config.state_dir, config.model, config.device, config.capacity),
+        )
+        systemd.notify("READY=1")
+        loop.run()
+        if self._exit_code == 0:
+            database.stop()
+            house.ledger.spool.stop()
+            log.info("stopped")
+        return self._exit_code
+
+    def _stop(self) -> None:
+        """Stop as asked: refuse what comes, return running work to the queue, let replies out, go."""
+        if self._stopping:
+            return
+        self._stopping = True
+        log.info("stopping")
+        systemd.notify("STOPPING=1")
+        self._server.stop_accepting()
+        self._house.stop()
+        self._loop.call_later(self._config.stop_grace_s, self._loop.stop)
+        self._when_quiet()
+
+    def _when_quiet(self) -> None:
+        """Go on once the helpers are gone and what they left is committed; the grace above is the latest."""
+        if self._house.helpers_left():
+            self._loop.call_later(0.05, self._when_quiet)
+            return
+        # Everything handed to the store before this call is committed when it comes back.
+        self._house.ledger.read(lambda db, now: None, lambda _: self._server.close_all(1.0, self._loop.stop))
+
+    def _storage_failed(self, reason: str) -> None:
+        """Storage is not to be trusted any more: no reply, no commit, out."""
+        log.critical("storage failed: %s. Nothing that was acknowledged is lost; mend the disk and start again", reason)
+        self._exit_code = EXIT_STORAGE
+        self._house.stop()
+        self._loop.stop()
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _lock(path: Path) -> int | None:
+    """Return a descriptor that holds the lock for the life of the process, or None when another has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _end(code: int, message: str) -> NoReturn:
+    click.echo(f"whisperd: {message}", err=True)
+    sys.exit(code)

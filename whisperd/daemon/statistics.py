@@ -1,0 +1,103 @@
+"""The reply to `stats`: totals only, so that nobody learns of another's jobs."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from whisperd.daemon.helper import process_rss_bytes
+from whisperd.daemon.house import House
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.jobs import JobState
+
+Reply = Callable[[Mapping[str, Any]], None]
+Fail = Callable[[WhisperdError], None]
+
+
+def statistics(house: House, reply: Reply, fail: Fail) -> None:
+    """Collect what only the disk knows in the store thread, then answer."""
+
+    def look(db: Any, now: float) -> dict[str, Any]:
+        database_bytes = sum(
+            os.stat(path).st_size
+            for path in (house.database.path, f"{house.database.path}-wal")
+            if os.path.exists(path)
+        )
+        return {
+            "totals": house.ledger.store.totals(db),
+            "spool_bytes": house.ledger.spool.used_bytes(),
+            "database_bytes": database_bytes,
+        }
+
+    house.ledger.read(look, lambda disk: reply(_collect(house, disk)), fail)
+
+
+def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
+    metrics, config = house.metrics, house.config
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "jobs": {
+            "since_start": {str(state): metrics.states[state] for state in JobState},
+            "total": {str(state): disk["totals"].get(state, 0) for state in JobState},
+        },
+        "queue": {str(priority): count for priority, count in house.waiting().items()} | {"capacity": config.capacity},
+        "wait_s": metrics.waits(),
+        "run_s": metrics.runs(),
+        "audio": {"transcribed_s": metrics.transcribed_s, "speed": _ratio(house.modelling.gauges, "audio_s", "busy_s")},
+        "model": _model(house),
+        "lanes": {
+            "copy": {
+                "active": sum(house.copying.pool.busy.values()),
+                "waiting": house.copying.waiting,
+                "failed": house.copying.failed,
+            },
+            "decode": {
+                "active": sum(house.decoding.pool.busy.values()),
+                "waiting": house.decoding.waiting,
+                "failed": house.decoding.failed,
+            },
+            "model": {
+                "active": house.modelling.active,
+                "waiting": len(house.modelling.candidates()),
+                "failed": house.modelling.failed,
+            },
+        },
+        "cache_hits": metrics.cache_hits,
+        "spool_bytes": disk["spool_bytes"],
+        "database_bytes": disk["database_bytes"],
+        "free_bytes": house.free_bytes,
+        "connections": house.connections(),
+        "daemon": {
+            "pid": os.getpid(),
+            "rss_bytes": process_rss_bytes(os.getpid()),
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "uptime_s": house.loop.time() - house.started_at,
+        },
+    }
+
+
+def _model(house: House) -> dict[str, Any]:
+    lane, helper = house.modelling, house.modelling.helper
+    gauges = lane.gauges
+    return {
+        "state": lane.state,
+        "pid": None if helper is None else helper.pid,
+        "rss_bytes": None if helper is None else helper.rss_bytes(),
+        "starts": lane.starts,
+        "crashes": lane.crashes,
+        "windows": gauges.get("windows", 0),
+        "tokens": gauges.get("tokens", 0),
+        "windows_per_s": _ratio(gauges, "windows", "busy_s"),
+        "tokens_per_s": _ratio(gauges, "tokens", "busy_s"),
+        # One window at a time until the batching engine is there: a busy model is full.
+        "batch_occupancy": 1.0 if lane.active else 0.0,
+        "device_used_bytes": gauges.get("device_used_bytes"),
+        "device_total_bytes": gauges.get("device_total_bytes"),
+    }
+
+
+def _ratio(gauges: Mapping[str, Any], amount: str, time: str) -> float | None:
+    seconds = gauges.get(time) or 0.0
+    return gauges.get(amount, 0) / seconds if seconds > 0 else None
