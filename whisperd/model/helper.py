@@ -1,0 +1,250 @@
+"""The model helper's life: load, report, start a thread for each run, answer each run once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whisperd.model import substitutes
+from whisperd.model.engine import Engine
+from whisperd.model.loading import LoadedModel, load
+from whisperd.model.run import Run
+from whisperd.model.worker import Worker
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
+from whisperd.protocol.helper_messages import Cancel, Failed, Finished, ModelStatus, Prioritise, Transcribe
+from whisperd.protocol.helpers import HelperLink
+
+log = logging.getLogger("whisperd.model")
+
+# The process ends with this when the GPU fails: after such an error every further call in it fails too.
+EXIT_DEVICE_FAILED = 70
+_MAX_TRANSCRIPT_BYTES = MAX_REPLY_BYTES - 64 * 1024  # the reply around it needs a little room
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The model role's settings, as `Configure` carries them."""
+
+    spool: Path
+    cache_dir: Path
+    model: str
+    device: str
+    threads: int
+    dtype: str
+    open_runs: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Return the settings of a `Configure` message."""
+        return cls(
+            spool=Path(values["spool"]),
+            cache_dir=Path(values["cache_dir"]),
+            model=values["model"],
+            device=values["device"],
+            threads=values["threads"],
+            dtype=values["dtype"],
+            open_runs=values["open_runs"],
+        )
+
+
+class ModelHelper:
+    """Loads the model and works for the daemon on `link` until it goes away. `serve` does not return."""
+
+    def __init__(self, link: HelperLink, settings: Settings) -> None:
+        self._link = link
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._error = ""
+        self._mel_worker = Worker("mel")
+        self._lock = threading.Lock()
+        self._runs: dict[tuple[int, int], Run] = {}
+        self._done_s = 0.0  # audio of runs that have ended
+
+    def serve(self) -> None:
+        """Load, then take messages."""
+        torch.set_num_threads(self._settings.threads or len(os.sched_getaffinity(0)))
+        substitutes.install()
+        self._load()
+        self._link.gauges = self._gauges
+        while True:
+            message, descriptors = self._link.next()
+            for fd in descriptors:
+                os.close(fd)
+            match message:
+                case Transcribe():
+                    self._begin(message)
+                case Cancel():
+                    self._mark(message.run, message.generation, cancelled=True)
+                case Prioritise():
+                    self._mark(message.run, message.generation, interactive=message.interactive)
+                case _:
+                    log.warning("model: unexpected message=%s", type(message).__name__)
+
+    def _load(self) -> None:
+        settings = self._settings
+        try:
+            model = load(
+                settings.model,
+                cache_dir=settings.cache_dir,
+                device=settings.device,
+                dtype=settings.dtype,
+                on_step=self._link.step,
+                environ=os.environ,
+            )
+            self._engine = Engine(model, on_step=self._link.step)
+        except Exception as error:
+            self._error = self._loading_error(error)
+            log.error("model: failed model=%s error=%s", settings.model, self._error)
+            self._link.send(status("failed", name=settings.model, error=self._error))
+            return
+        log.info("model: ready model=%s device=%s dtype=%s", model.name, model.device, model.dtype_name)
+        self._link.send(ready(model, capacity=settings.open_runs))
+
+    def _loading_error(self, error: Exception) -> str:
+        if isinstance(error, WhisperdError):
+            return error.message
+        if is_out_of_memory(error):
+            return (
+                f"model {self._settings.model!r} does not fit into the memory of device {self._settings.device!r}; "
+                "choose a smaller model or free some, then run `whisperctl model load`"
+            )
+        log.exception("model: loading failed")
+        if is_device_failure(error):
+            os._exit(EXIT_DEVICE_FAILED)
+        return f"model {self._settings.model!r} cannot be loaded: {type(error).__name__}: {error}"
+
+    def _begin(self, order: Transcribe) -> None:
+        if self._engine is None:
+            self._link.send(
+                Failed(
+                    run=order.run, generation=order.generation, code=ErrorCode.MODEL_UNAVAILABLE, message=self._error
+                )
+            )
+            return
+        run = Run(
+            order,
+            spool=self._settings.spool,
+            engine=self._engine,
+            mel_worker=self._mel_worker,
+            send=self._link.send,
+            on_step=self._link.step,
+        )
+        with self._lock:
+            self._runs[order.run, order.generation] = run
+        threading.Thread(target=self._work, args=(run,), name=f"run-{order.run}", daemon=True).start()
+
+    def _mark(
+        self, number: int, generation: int, *, cancelled: bool | None = None, interactive: bool | None = None
+    ) -> None:
+        with self._lock:
+            run = self._runs.get((number, generation))
+        if run is None:  # it ended a moment ago
+            return
+        if interactive is not None:
+            run.turn.interactive = interactive
+        if cancelled and self._engine is not None:
+            run.turn.cancelled = True
+            self._engine.worker.wake()
+            self._mel_worker.wake()
+
+    def _work(self, run: Run) -> None:
+        order = run.order
+        answer: Finished | Failed
+        try:
+            transcript = encode_body(run.transcribe().to_wire())
+            if len(transcript) > _MAX_TRANSCRIPT_BYTES:
+                raise WhisperdError(
+                    ErrorCode.TOO_LARGE,
+                    f"the transcript is {len(transcript)} bytes, more than a reply can carry; "
+                    "transcribe the recording in parts (clip_timestamps) or without word_timestamps",
+                )
+            answer = Finished(run=order.run, generation=order.generation, transcript=transcript)
+        except Exception as error:
+            code, message = self._failure(run, error)
+            answer = Failed(run=order.run, generation=order.generation, code=code, message=message)
+        with self._lock:
+            del self._runs[order.run, order.generation]
+            self._done_s += run.audio_s
+        self._link.send(answer)
+
+    def _failure(self, run: Run, error: Exception) -> tuple[str, str]:
+        if isinstance(error, WhisperdError):
+            return error.code, error.message
+        if is_out_of_memory(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return (
+                ErrorCode.OUT_OF_MEMORY,
+                "the model ran out of memory; try again with a smaller beam_size or best_of, "
+                "or when other programs have freed some",
+            )
+        log.error("model: run failed run=%d", run.order.run, exc_info=error)
+        if is_device_failure(error):
+            log.critical("model: the device failed, leaving run=%d", run.order.run)
+            os._exit(EXIT_DEVICE_FAILED)
+        if isinstance(error, OSError):
+            return ErrorCode.INTERNAL, f"the decoded audio cannot be read ({error.strerror or error}); submit it again"
+        return ErrorCode.INTERNAL, f"transcribing failed: {type(error).__name__}: {error}"
+
+    def _gauges(self) -> dict[str, Any]:
+        if self._engine is None:
+            return {}
+        with self._lock:
+            audio_s = self._done_s + sum(run.audio_s for run in self._runs.values())
+        gauges: dict[str, Any] = {
+            "windows": self._engine.counters.windows,
+            "tokens": self._engine.counters.tokens,
+            "audio_s": audio_s,
+            "busy_s": self._engine.worker.busy_s,
+        }
+        device = self._engine.model.device
+        if device.type == "cuda":
+            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+            gauges |= {"device_used_bytes": total_bytes - free_bytes, "device_total_bytes": total_bytes}
+        return gauges
+
+
+def status(state: str, *, name: str, error: str | None = None) -> ModelStatus:
+    """Return the status of a model that is not there (yet)."""
+    return ModelStatus(state=state, name=name, device="", dtype="", error=error, capacity=0, traits={})
+
+
+def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
+    """Return the status of a model that works."""
+    return ModelStatus(
+        state="ready",
+        name=model.name,
+        device=str(model.device),
+        dtype=model.dtype_name,
+        error=None,
+        capacity=capacity,
+        traits=model.traits(),
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True when memory of the device or of the machine ran out, and nothing worse happened."""
+    # The CPU's allocator says it in words only.
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """True when the GPU failed: its context is lost for this process, whatever is tried next."""
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        return True
+    if not (isinstance(error, RuntimeError) and torch.cuda.is_available()):
+        return False
+    try:
+        # Libraries above CUDA report in their own words; a lost context shows at the next call.
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,49 @@
+"""`python -m whisperd.model.main`: says that it is there, then spends seconds on importing torch, then serves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from whisperd.protocol.helper_messages import ModelStatus
+from whisperd.protocol.helpers import start
+
+# A thread that computes in Python keeps the interpreter for so long before others get it (5 ms is Python's own):
+# a decoder step is many short calls, and each would wait that long beside a busy job thread.
+_SWITCH_INTERVAL_S = 0.0002
+
+
+def prepare_environment(environ: MutableMapping[str, str], *, cache_dir: Path, threads: int) -> None:
+    """Set what the libraries read when they are imported, and only then."""
+    for variable, folder in (
+        ("NUMBA_CACHE_DIR", "numba"),
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ):
+        environ.setdefault(variable, str(cache_dir / folder))
+    # Word alignment has no parallel loops; numba would start a thread a core for nothing.
+    environ.setdefault("NUMBA_NUM_THREADS", "1")
+    if threads:
+        environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the model helper; ends with its daemon."""
+    link = start("model", argv)
+    prepare_environment(os.environ, cache_dir=Path(link.settings["cache_dir"]), threads=int(link.settings["threads"]))
+    link.send(
+        ModelStatus(
+            state="loading", name=link.settings["model"], device="", dtype="", error=None, capacity=0, traits={}
+        )
+    )
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # Only now: importing torch and whisper takes seconds, and the daemon knows already that they are under way.
+    from whisperd.model.helper import ModelHelper, Settings
+
+    ModelHelper(link, Settings.of(link.settings)).serve()
+
+
+if __name__ == "__main__":
+    main()

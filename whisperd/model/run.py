@@ -1,0 +1,153 @@
+"""One run in its own thread: the library's own `transcribe`, on the proxy model and a mel that is read from disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from whisper import transcribe
+from whisper.audio import FRAMES_PER_SECOND
+from whisper.tokenizer import LANGUAGES
+
+from whisperd.model.engine import Engine
+from whisperd.model.loading import LoadedModel
+from whisperd.model.mel import FileMel
+from whisperd.model.proxy import ProxyModel
+from whisperd.model.transcript import Transcript, segment_of
+from whisperd.model.worker import Turn, Worker
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.fields import bad_request
+from whisperd.protocol.helper_messages import HelperMessage, Progress, Segments
+from whisperd.protocol.helper_messages import Transcribe as Order
+
+log = logging.getLogger("whisperd.model")
+
+# Upstream's loop can ask for the same window for ever (word times that do not move it on). Twice may be honest.
+MAX_SAME_WINDOW = 3
+
+
+class Run:
+    """A `Transcribe` message being worked on. `send` takes what it has to say on the way.
+
+    `turn` is what the daemon's `Cancel` and `Prioritise` change.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        *,
+        spool: Path,
+        engine: Engine,
+        mel_worker: Worker,
+        send: Callable[[HelperMessage], None],
+        on_step: Callable[[], None],
+    ) -> None:
+        self.order = order
+        self.turn = Turn(interactive=order.interactive)
+        self.audio_s = 0.0  # how far it is
+        self._path = spool / order.folder / "audio.pcm"
+        self._engine = engine
+        self._mel_worker = mel_worker
+        self._send = send
+        self._on_step = on_step
+        self._words = bool(order.options["word_timestamps"])
+        self._total_s = 0.0
+        self._window = (-1, -1)
+        self._same_window = 0
+
+    def transcribe(self) -> Transcript:
+        """Do the work and return the transcript.
+
+        Raises `WhisperdError`: `bad_request` for what this model cannot do, `cancelled`, or `internal`; and whatever
+        torch raises.
+        """
+        check_options(self.order.options, self._engine.model)
+        model = self._engine.model
+        mel = FileMel(
+            self._path,
+            n_mels=model.whisper.dims.n_mels,
+            worker=self._mel_worker,
+            turn=self.turn,
+            on_window=self._on_window,
+            on_step=self._on_step,
+        )
+        try:
+            self._total_s = mel.duration_s
+            mel.scan()
+            options = upstream_options(self.order.options, content_frames=mel.content_frames)
+            result = transcribe(ProxyModel(self._engine, self.turn, self), mel, **options)
+        finally:
+            mel.close()
+        self._progress(self._total_s)
+        return Transcript(
+            text=result["text"],
+            language=result["language"],
+            duration_s=self._total_s,
+            segments=[segment_of(segment, words=self._words) for segment in result["segments"]],
+            model=model.name,
+            truncated=self.order.truncated,
+        )
+
+    def on_segments(self, segments: list[dict[str, Any]]) -> None:
+        """Pass on what a window added."""
+        wire = [segment_of(segment, words=self._words).to_wire() for segment in segments]
+        self._send(Segments(run=self.order.run, generation=self.order.generation, segments=wire))
+
+    def on_frames(self, frames: int) -> None:
+        """A window ended `frames` after its beginning."""
+        self._progress((self._window[0] + frames) / FRAMES_PER_SECOND)
+
+    def _on_window(self, start: int, stop: int) -> None:
+        self._same_window = self._same_window + 1 if (start, stop) == self._window else 1
+        self._window = (start, stop)
+        if self._same_window >= MAX_SAME_WINDOW:
+            raise WhisperdError(
+                ErrorCode.INTERNAL,
+                f"openai-whisper does not get past second {start / FRAMES_PER_SECOND:.2f} of this recording with these "
+                "options; try again without word_timestamps or hallucination_silence_threshold",
+            )
+        self._progress(start / FRAMES_PER_SECOND)
+
+    def _progress(self, done_s: float) -> None:
+        if done_s > self.audio_s:
+            self.audio_s = min(done_s, self._total_s)
+            self._send(
+                Progress(run=self.order.run, generation=self.order.generation, done=self.audio_s, total=self._total_s)
+            )
+
+
+def check_options(options: Mapping[str, Any], model: LoadedModel) -> None:
+    """Raise `WhisperdError` (`bad_request`) for options that this model cannot follow."""
+    language, task = options["language"], options["task"]
+    if not model.whisper.is_multilingual and language not in (None, "en"):
+        raise bad_request(
+            f"model {model.name!r} knows English only, not {LANGUAGES[language].title()}; leave language out, "
+            "or ask for a multilingual model"
+        )
+    known = list(LANGUAGES)[: model.whisper.num_languages]
+    if model.whisper.is_multilingual and language is not None and language not in known:
+        raise bad_request(f"model {model.name!r} does not know {LANGUAGES[language].title()}; large-v3 does")
+    if task == "translate" and not model.translates:
+        why = "was not trained to translate" if model.whisper.is_multilingual else "knows English only"
+        raise bad_request(f"model {model.name!r} cannot translate: it {why}; use task 'transcribe' or another model")
+    vocabulary = model.whisper.dims.n_vocab
+    tokens = [int(token) for token in options["suppress_tokens"].split(",") if token]
+    if tokens and max(tokens) >= vocabulary:
+        raise bad_request(
+            f"options: suppress_tokens: {max(tokens)} is beyond the vocabulary of model {model.name!r} "
+            f"(0 to {vocabulary - 1})"
+        )
+
+
+def upstream_options(options: Mapping[str, Any], *, content_frames: int) -> dict[str, Any]:
+    """Return the keyword arguments of `whisper.transcribe` for options as `parse_options` returns them."""
+    arguments = dict(options)
+    arguments["temperature"] = tuple(options["temperature"])
+    clips = options["clip_timestamps"]
+    if not isinstance(clips, str):
+        # Upstream never ends when a clip ends after the audio. One that begins after it then transcribes nothing.
+        end_s = content_frames / FRAMES_PER_SECOND
+        arguments["clip_timestamps"] = [min(time_s, end_s) for time_s in clips]
+    return arguments | {"verbose": None, "fp16": False}

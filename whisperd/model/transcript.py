@@ -1,0 +1,108 @@
+"""What a run gives back, as typed values: openai-whisper's untyped dicts end here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from whisper.version import __version__ as WHISPER_VERSION
+
+from whisperd import __version__
+
+# The protocol has finite numbers only. Where the model gave none (fp16 overflow, everything suppressed), the value
+# says the worst: as unlikely as e^-100 a token. 0.0 would say "certain".
+WORST_LOGPROB = -100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """One word; times in seconds from the start of the audio."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One segment with openai-whisper's own names; `words` is None unless word times were asked for."""
+
+    id: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: list[Word] | None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the map that a transcript and an event carry; no `words` where there are none."""
+        wire = asdict(self)
+        if self.words is None:
+            del wire["words"]
+        return wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """A whole transcript; `truncated` says that the audio ended early or had a broken stretch."""
+
+    text: str
+    language: str
+    duration_s: float
+    segments: list[Segment]
+    model: str
+    truncated: bool
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the Transcript map of the protocol."""
+        return {
+            "text": self.text,
+            "language": self.language,
+            "duration_s": self.duration_s,
+            "segments": [segment.to_wire() for segment in self.segments],
+            "model": self.model,
+            "versions": {"whisperd": __version__, "whisper": WHISPER_VERSION, "torch": str(torch.__version__)},
+            "truncated": self.truncated,
+        }
+
+
+def segment_of(values: Mapping[str, Any], *, words: bool) -> Segment:
+    """Return the segment that one of transcribe's dicts holds.
+
+    `words` says whether word times were asked for: upstream gives an empty list to a segment without text even
+    where they were not.
+    """
+    return Segment(
+        id=int(values["id"]),
+        start=_finite(values["start"], 0.0),
+        end=_finite(values["end"], 0.0),
+        text=str(values["text"]),
+        tokens=[int(token) for token in values["tokens"]],
+        temperature=_finite(values["temperature"], 0.0),
+        avg_logprob=_finite(values["avg_logprob"], WORST_LOGPROB),
+        compression_ratio=_finite(values["compression_ratio"], 0.0),
+        no_speech_prob=_finite(values["no_speech_prob"], 0.0),
+        words=[_word_of(word) for word in values["words"]] if words else None,
+    )
+
+
+def _word_of(values: Mapping[str, Any]) -> Word:
+    return Word(
+        word=str(values["word"]),
+        start=_finite(values["start"], 0.0),
+        end=_finite(values["end"], 0.0),
+        probability=_finite(values["probability"], 0.0),
+    )
+
+
+def _finite(value: Any, instead: float) -> float:
+    number = float(value)
+    return number if math.isfinite(number) else instead

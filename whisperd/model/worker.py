@@ -1,0 +1,94 @@
+"""Threads that do the heavy work one piece at a time, interactive runs first."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+T = TypeVar("T")
+
+
+class Turn:
+    """What a run's pieces of work are served by. Both marks may change at any time, from any thread."""
+
+    __slots__ = ("cancelled", "interactive")
+
+    def __init__(self, *, interactive: bool = False) -> None:
+        self.interactive = interactive
+        self.cancelled = False
+
+    def check(self) -> None:
+        """Raise `WhisperdError` (`cancelled`) once the run has been cancelled."""
+        if self.cancelled:
+            raise WhisperdError(ErrorCode.CANCELLED, "cancelled")
+
+
+class _Piece(Generic[T]):
+    __slots__ = ("done", "error", "result", "turn", "work")
+
+    def __init__(self, turn: Turn, work: Callable[[], T]) -> None:
+        self.turn = turn
+        self.work = work
+        self.done = False
+        self.result: T | None = None
+        self.error: BaseException | None = None
+
+
+class Worker:
+    """One thread that runs pieces of work in order of arrival, those of interactive runs before all others.
+
+    A worker and not a lock around the work: each thread that calls into torch gets a team of OpenMP threads of its
+    own, so 16 job threads on 8 cores would make 128. And two threads in numba's parallel code abort the process.
+    A run waits for its piece before it brings the next one, so runs of one priority take turns by themselves.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[_Piece[Any]] = []
+        self.busy_s = 0.0
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+
+    def call(self, turn: Turn, work: Callable[[], T]) -> T:
+        """Return what `work` returns, or raise what it raises.
+
+        Raises `WhisperdError` (`cancelled`) at once when the run is cancelled while its work has not begun. Work that
+        has begun is waited for: it looks out for the mark itself (`Turn.check`).
+        """
+        piece: _Piece[T] = _Piece(turn, work)
+        with self._changed:
+            self._waiting.append(piece)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: piece.done or (turn.cancelled and piece in self._waiting))
+            if not piece.done:
+                self._waiting.remove(piece)
+                turn.check()
+        if piece.error is not None:
+            raise piece.error
+        return piece.result  # type: ignore[return-value]
+
+    def wake(self) -> None:
+        """Make waiting runs look at their marks."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                piece = next((piece for piece in self._waiting if piece.turn.interactive), self._waiting[0])
+                self._waiting.remove(piece)
+            began = time.monotonic()
+            try:
+                piece.turn.check()
+                piece.result = piece.work()
+            except BaseException as error:  # it is raised again where the piece came from
+                piece.error = error
+            self.busy_s += time.monotonic() - began
+            with self._changed:
+                piece.done = True
+                self._changed.notify_all()
+            del piece  # an idle worker holds on to no tensors
