@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support import Daemon
 from whisperd.daemon.config import SETTINGS
 from whisperd.protocol import messages
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import encode_frame, parse_body
-from whisperd.protocol.jobs import Job, JobState
+from whisperd.protocol.jobs import Job, JobState, Priority
 from whisperd.protocol.options import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +70,28 @@ def test_every_option_and_its_default_are_explained() -> None:
     for name, default in rows:
         shown = default.strip("`")
         assert shown in (str(DEFAULTS[name]), f'"{DEFAULTS[name]}"') or words.get(shown, "") is DEFAULTS[name], name
+
+
+def test_every_key_of_stats_is_explained(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model="/nowhere/model.pt")
+    with daemon.client() as client:
+        stats = client.call("stats")
+    keys = re.findall(r"`([\w.]+)`", "".join(re.findall(r"^\| (`.*?) \|", section(PROTOCOL, "### Stats keys"), re.M)))
+    explained = {
+        key.replace("STATE", state).replace("PRIORITY", priority)
+        for key in keys
+        for state in JobState
+        for priority in Priority
+    }
+    assert set(dotted(stats)) == explained
+
+
+def dotted(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from dotted(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def test_the_bounds_are_those_of_the_code() -> None:
