@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_no_descriptor_is_left_open(peer: Peer, client: Client, talk: Path) -> N
 
 def test_waiting_threads_hold_up_nobody(peer: Peer, client: Client) -> None:
     jobs = [peer.add_job() for _ in range(MAX_OPEN_WAITS)]
-    waiting = [in_thread(lambda job=job: client.result(job, wait=True)) for job in jobs]
+    waiting = [in_thread(partial(client.result, job, wait=True)) for job in jobs]
     peer.wait_for(lambda: peer.seen("result") == len(jobs))
     late = in_thread(lambda: client.result(jobs[0], wait=True))
     assert client.health()["status"] == "ready"
@@ -327,7 +328,9 @@ def test_leaving_follow_ends_the_subscription(peer: Peer, client: Client) -> Non
     peer.wait_for(lambda: peer.connections == 0)
 
 
-def test_an_attached_job_is_held_again_after_a_restart_though_nobody_asks(peer: Peer, client: Client, talk: Path) -> None:
+def test_an_attached_job_is_held_again_after_a_restart_though_nobody_asks(
+    peer: Peer, client: Client, talk: Path
+) -> None:
     job = client.submit(talk, attached=True)
     peer.wait_for(lambda: peer.attached[job.id])
     peer.stop()
@@ -473,25 +476,25 @@ def test_a_closed_client_says_so(peer: Peer) -> None:
 def test_the_socket_is_looked_for_where_the_contract_says(tmp_path: Path) -> None:
     environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
     own, system = tmp_path / "whisperd/whisperd.sock", Path("/run/whisperd/whisperd.sock")
-    assert candidates(None, environ) == [own, system]
-    assert candidates(None, environ | {"WHISPERD_SOCKET": "/x"}) == [Path("/x")]
-    assert candidates("/y", environ | {"WHISPERD_SOCKET": "/x"}) == [Path("/y")]
-    assert candidates(None, {}) == [system]
+    assert candidates(None, environ) == [str(own), str(system)]
+    assert candidates(None, environ | {"WHISPERD_SOCKET": "/x"}) == ["/x"]
+    assert candidates("/y", environ | {"WHISPERD_SOCKET": "/x"}) == ["/y"]
+    assert candidates(None, {}) == [str(system)]
 
 
 def test_a_stale_socket_is_passed_over(peer: Peer, tmp_path: Path) -> None:
-    stale = tmp_path / "stale"
+    stale, missing = tmp_path / "stale", str(tmp_path / "missing")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
-    sock, path = connect([tmp_path / "missing", stale, peer.path])
+    sock, path = connect([missing, str(stale), str(peer.path)])
     sock.close()
-    assert path == peer.path
+    assert path == str(peer.path)
     with pytest.raises(DaemonUnreachable, match=r"left over.*start it with"):
-        connect([stale])
+        connect([str(stale)])
     with pytest.raises(DaemonUnreachable, match=r"not running.*start it with"):
-        connect([tmp_path / "missing"])
+        connect([missing])
     with pytest.raises(DaemonUnreachable, match=r"missing or .*stale"):
-        connect([tmp_path / "missing", stale])
+        connect([missing, str(stale)])
 
 
 @requires_root

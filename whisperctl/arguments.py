@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whisperctl.client import Client
 from whisperctl.errors import SourceUnreadable
+from whisperctl.render import source_label
 from whisperd.protocol.jobs import Job
 from whisperd.protocol.messages import VIDEO_ID
 
@@ -82,23 +82,13 @@ def read_list(path: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def source_label(job: Job) -> str:
-    """Return how people know a job's source: its file name, its id, its address."""
-    return _text(job.source, "name") or _text(job.source, "id") or _text(job.source, "url") or f"job {job.id}"
-
-
 def source_stem(job: Job) -> str:
     """Return the name of an output file for a job, without its ending."""
-    name = _text(job.source, "name")
-    return file_stem(Path(name).stem if name else source_label(job))
+    label = source_label(job)
+    return file_stem(Path(label).stem if job.source.get("name") else label)
 
 
 def file_stem(text: str) -> str:
     """Return `text` as a file name that needs no quoting and cannot leave its folder."""
     clean = re.sub(r"[^\w.-]+", "_", re.sub(r"^https?://", "", text)).strip("._")
     return clean[:100] or "transcript"
-
-
-def _text(source: Mapping[str, Any], key: str) -> str:
-    value = source.get(key)
-    return value if isinstance(value, str) else ""

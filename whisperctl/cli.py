@@ -5,19 +5,52 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import click
 
-from whisperctl import manage, work
 from whisperctl.exits import Exit, exit_code
-from whisperctl.options import Shell, common_options, completion_environment
-from whisperctl.render import safe
+from whisperctl.options import Shell, common_options
+from whisperctl.words import safe
 from whisperd import __version__
 from whisperd.protocol.errors import WhisperdError
 
+_PLACES = {
+    "transcribe": "work:transcribe",
+    "submit": "work:submit",
+    "result": "work:result",
+    "wait": "work:wait",
+    "follow": "work:follow",
+    "list": "manage:list_jobs",
+    "cancel": "manage:cancel",
+    "forget": "manage:forget",
+    "retry": "manage:retry",
+    "stats": "service:stats",
+    "health": "service:health",
+    "pause": "service:pause",
+    "resume": "service:resume",
+    "model": "service:model",
+    "completion": "service:completion",
+}
+
+
+class Commands(click.Group):
+    """Loads a command's module when the command is used: `health` does not pay for `transcribe`."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_PLACES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _PLACES:
+            return None
+        module, _, attribute = _PLACES[name].partition(":")
+        command: click.Command = getattr(import_module(f"whisperctl.{module}"), attribute)
+        return command
+
 
 @click.group(
+    cls=Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -31,32 +64,14 @@ def cli(context: click.Context) -> int:
     """
     if context.invoked_subcommand is not None:
         return Exit.DONE
-    return manage.show_status(context.ensure_object(Shell))
+    from whisperctl.service import show_status
 
-
-for _command in (
-    work.transcribe,
-    work.submit,
-    work.result,
-    work.wait,
-    work.follow,
-    manage.list_jobs,
-    manage.cancel,
-    manage.forget,
-    manage.retry,
-    manage.stats,
-    manage.health,
-    manage.pause,
-    manage.resume,
-    manage.model,
-    manage.completion,
-):
-    cli.add_command(_command)
+    return show_status(context.ensure_object(Shell))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; never raises, never shows a traceback."""
-    instruction = completion_environment()
+    instruction = os.environ.get("_WHISPERCTL_COMPLETE")
     if instruction is not None:
         from click.shell_completion import shell_complete
 

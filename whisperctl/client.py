@@ -246,7 +246,7 @@ class Client:
     @property
     def socket_path(self) -> str:
         """The socket that answered, or the first that would be tried."""
-        return str(self._link.path)
+        return self._link.path
 
     def close(self) -> None:
         """Leave: requests of other threads fail, attached jobs lose this holder."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.jobs import Job, JobState
+
+if TYPE_CHECKING:
+    from whisperd.protocol.jobs import Job
 
 __all__ = [
     "BadRequest",
@@ -123,4 +125,4 @@ def refusal(error: Mapping[str, Any]) -> WhisperdError:
 
 def error_of(job: Job) -> WhisperdError:
     """Return the exception that says why an ended job has no transcript."""
-    return JobCancelled(job) if job.state is JobState.CANCELLED else JobFailed(job)
+    return JobCancelled(job) if job.state == "cancelled" else JobFailed(job)

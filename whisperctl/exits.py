@@ -7,7 +7,6 @@ from enum import IntEnum
 
 from whisperctl.errors import DaemonUnreachable, JobCancelled, JobFailed, JobTimeout, SourceUnreadable, WhisperdError
 from whisperd.protocol.errors import ErrorCode
-from whisperd.protocol.jobs import JobState
 
 
 class Exit(IntEnum):
@@ -70,13 +69,9 @@ def exit_code(error: WhisperdError) -> Exit:
     return EXIT_CODES.get(error.code, Exit.JOB_FAILED)
 
 
-def exit_of_state(state: JobState) -> Exit:
+def exit_of_state(state: str) -> Exit:
     """Return the exit code that a job in this state stands for."""
-    match state:
-        case JobState.DONE:
-            return Exit.DONE
-        case JobState.FAILED:
-            return Exit.JOB_FAILED
-        case JobState.CANCELLED:
-            return Exit.CANCELLED
-    return Exit.NOT_FINISHED
+    return _EXIT_OF_STATE.get(state, Exit.NOT_FINISHED)
+
+
+_EXIT_OF_STATE = {"done": Exit.DONE, "failed": Exit.JOB_FAILED, "cancelled": Exit.CANCELLED}

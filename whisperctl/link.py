@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from whisperctl.connection import Connection, ConnectionLost, open_channel, seconds_left
@@ -34,11 +33,11 @@ class Link:
         self,
         named: str | os.PathLike[str] | None,
         *,
-        timeout_s: float,
-        reconnect_s: float,
-        greet: Callable[[Connection], None],
-        needed: Callable[[], bool],
-        notify: Callable[[str], None],
+        timeout_s: float = 30.0,
+        reconnect_s: float = 60.0,
+        greet: Callable[[Connection], None] = lambda connection: None,
+        needed: Callable[[], bool] = lambda: False,
+        notify: Callable[[str], None] = lambda words: None,
     ) -> None:
         self._paths = candidates(named)
         self._timeout_s = timeout_s
@@ -53,7 +52,7 @@ class Link:
         self._closed = threading.Event()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> str:
         """The socket that answered, or the first that would be tried."""
         return self._paths[0]
 
@@ -193,7 +192,7 @@ class Link:
         self._settle(path)
         return open_channel(sock)
 
-    def _settle(self, path: Path) -> None:
+    def _settle(self, path: str) -> None:
         # Jobs live in one daemon: what was reached first is what is reconnected to.
         self._paths, self._met = [path], True
 
@@ -241,7 +240,7 @@ class _Patience:
         self._until, self._tries = None, 0
 
 
-def _gone(path: Path) -> DaemonUnreachable:
+def _gone(path: str) -> DaemonUnreachable:
     return DaemonUnreachable(
         f"whisperd at {path} has gone away and did not come back; see its log ('journalctl -u whisperd'), "
         "and start it again: what it had accepted goes on"

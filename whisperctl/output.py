@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from whisperctl.errors import SourceUnreadable
 from whisperctl.results import Result, Transcript
 from whisperctl.terminal import Screen
+from whisperctl.words import safe, to_json
 
-FORMATS = ("text", "json", "srt", "vtt", "tsv")
 _ENDINGS = {"text": "txt"}
 
 
@@ -23,15 +21,8 @@ class OutputError(SourceUnreadable):
     """What `-o` names cannot be written (exit 2)."""
 
 
-def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """Return JSON for people's terminals and for programs: real letters, but nothing that a terminal obeys."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # json.dumps escapes C0 itself; DEL, C1 and the rest come from names and texts.
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
-
-
 def format_transcript(transcript: Transcript, form: str) -> str:
-    """Return a transcript in one of `FORMATS`, ending in a newline unless it is empty."""
+    """Return a transcript in a format of `--format`, ending in a newline unless it is empty."""
     from whisperctl import subtitles
 
     writers: Mapping[str, Callable[[Transcript], str]] = {
@@ -109,7 +100,7 @@ class Output:
         if self._several and self._path is None and not self._wrapped and self._form != "json":
             gap = "\n" if self._headings else ""
             self._headings += 1
-            self._screen.data(f"{gap}== {_one_line(label)} (job {job_id}) ==")
+            self._screen.data(f"{gap}== {safe(label)} (job {job_id}) ==")
 
     def write(self, result: Result, *, label: str, stem: str) -> None:
         """Write one result, also of a job without a transcript where `--json` was asked for. Raises `OutputError`."""
@@ -138,8 +129,6 @@ class Output:
             for line in content.split("\n")[:-1]:
                 self._screen.text(line)
         elif self._screen.is_terminal:
-            from whisperctl.render import safe
-
             for line in content.split("\n")[:-1]:
                 self._screen.data("\t".join(map(safe, line.split("\t"))))
         elif content:
@@ -195,9 +184,3 @@ def _move_to_new(temporary: Path, path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}")
-
-
-def _one_line(text: str) -> str:
-    from whisperctl.render import safe
-
-    return safe(text)

@@ -1,80 +1,27 @@
-"""Words for people: durations, sizes, jobs, health and stats, and nothing that a terminal would obey."""
+"""Jobs and stats as people read them."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from whisperctl.arguments import source_label
-from whisperd.protocol.jobs import Job, JobState
+from whisperctl.words import columns, duration, number, paint, plural, safe, shortened, size
 
-# C0, DEL and C1 controls; marks that turn the direction of text; line and paragraph separators; lone surrogates.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
-_COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "dim": "2", "bold": "1"}
+if TYPE_CHECKING:
+    from whisperd.protocol.jobs import Job
+
 _STATE_COLOURS = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
-_HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
-
-
-def safe(text: object) -> str:
-    """Return `text` with everything a terminal would obey made visible: names and texts come from strangers."""
-    return _UNSAFE.sub(lambda match: _visible(match[0]), str(text))
-
-
-def _visible(character: str) -> str:
-    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character) or f"\\u{ord(character):04x}"
-
-
-def paint(text: str, colour: str | None, *, colours: bool) -> str:
-    """Return `text` in a colour, or as it is where colours are off."""
-    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if colours and colour else text
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`, `3 days 4 h`."""
-    if seconds < 9.95:
-        return f"{max(seconds, 0):.1f} s".replace(".0 ", " ")
-    whole = round(seconds)
-    for size, unit, part_size, part_unit in ((86400, "day", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            count, rest = divmod(whole, size)
-            name = unit + "s" if unit == "day" and count > 1 else unit
-            parts = rest // part_size
-            return f"{count} {name} {parts} {part_unit}" if parts else f"{count} {name}"
-    return f"{whole} s"
-
-
-def clock(seconds: float) -> str:
-    """Return a place in a recording: `0:07`, `12:34`, `1:02:03`."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def size(count: float) -> str:
-    """Return bytes as people say them: `900 B`, `12 kB`, `3.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.1f} {unit}" if unit in ("MB", "GB") and count < 99.95 else f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def number(value: Any) -> str:
-    """Return a number with thousands marked, `-` for none."""
-    if not isinstance(value, int | float):
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def plural(count: int, word: str) -> str:
-    """Return `1 job`, `2 jobs`."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
+_STATE_WORDS = {
+    "pending": "waiting to be downloaded",
+    "fetching": "downloading",
+    "queued": "waiting",
+    "running": "transcribing",
+}
 
 
 def what_happens(
-    state: JobState,
+    state: str,
     *,
     phase: str = "",
     progress: float | None = None,
@@ -82,19 +29,13 @@ def what_happens(
     eta_s: float | None = None,
 ) -> str:
     """Return what a job that has not ended is waiting for, such as `transcribing 37 %, about 2 min left`."""
-    words = {
-        JobState.PENDING: "waiting to be downloaded",
-        JobState.FETCHING: "downloading",
-        JobState.QUEUED: "waiting",
-        JobState.RUNNING: "transcribing",
-    }.get(state, str(state))
-    words = phase or words
+    words = phase or _STATE_WORDS.get(state, state)
     if progress and "%" not in words:
         words += f" {min(progress, 1):.0%}".replace("%", " %")
     parts = [words]
-    if position and state is not JobState.RUNNING:
+    if position and state != "running":
         parts.append(f"position {position}")
-    if eta_s is not None and state in (JobState.RUNNING, JobState.FETCHING, JobState.QUEUED):
+    if eta_s is not None and state in ("running", "fetching", "queued"):
         parts.append(f"about {duration(round(eta_s) or 1)} left")
     return ", ".join(parts)
 
@@ -102,15 +43,15 @@ def what_happens(
 def how_it_is(job: Job) -> str:
     """Return a job's present in words: what it waits for, or how it ended."""
     match job.state:
-        case JobState.DONE:
+        case "done":
             parts = [f"{duration(job.audio_s)} of audio" if job.audio_s else ""]
             if job.started_at is not None and job.ended_at is not None:
                 parts.append(f"in {duration(job.ended_at - job.started_at)}")
             return " ".join(filter(None, parts))
-        case JobState.FAILED:
+        case "failed":
             error = job.error or {}
             return f"{error.get('code', 'internal')}: {error.get('message', 'no reason given')}"
-        case JobState.CANCELLED:
+        case "cancelled":
             return ""
     return what_happens(job.state, phase=job.phase, progress=job.progress, position=job.position, eta_s=job.eta_s)
 
@@ -142,66 +83,6 @@ def job_table(jobs: Sequence[Job], *, colours: bool, width: int | None, now: flo
         paint(head, "dim", colours=colours),
         *(painted(line, job.state) for line, job in zip(body, jobs, strict=True)),
     ]
-
-
-def columns(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
-    """Return rows with their cells aligned; the cells of the columns in `right` stand at their right edge."""
-    widths = [max(display_width(row[index]) for row in rows) for index in range(len(rows[0]))]
-    rights = set(right)
-
-    def cell(text: str, index: int) -> str:
-        gap = " " * (widths[index] - display_width(text))
-        return gap + text if index in rights else text + gap
-
-    return ["  ".join(cell(text, index) for index, text in enumerate(row)).rstrip() for row in rows]
-
-
-def display_width(text: str) -> int:
-    """Return how many columns `text` takes: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(
-        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text
-    )
-
-
-def shortened(text: str, width: int) -> str:
-    """Return `text` in at most `width` columns, with `…` where it was cut."""
-    if display_width(text) <= width:
-        return text
-    while text and display_width(text) > width - 1:
-        text = text[:-1] if len(text) <= width else text[:width]
-    return text + "…"
-
-
-def model_words(model: Mapping[str, Any]) -> str:
-    """Return `model small on cuda:0 (float16)`, or what keeps it from that."""
-    name, state = safe(model.get("name", "?")), str(model.get("state", "?"))
-    if state == "ready":
-        dtype = f" ({safe(model['dtype'])})" if model.get("dtype") else ""
-        return f"model {name} on {safe(model.get('device', '?'))}{dtype}"
-    words = {"unloaded": "not loaded", "failed": "failed to load"}.get(state, safe(state))
-    return f"model {name} {words}"
-
-
-def health_lines(health: Mapping[str, Any], *, colours: bool) -> list[str]:
-    """Return the daemon's health: a line, and one for each problem."""
-    status = str(health.get("status", "?"))
-    queue = health.get("queue") or {}
-    parts = [
-        paint(safe(status), _HEALTH_COLOURS.get(status), colours=colours),
-        model_words(health.get("model") or {}),
-        f"{number(queue.get('depth'))} of {number(queue.get('capacity'))} waiting",
-        f"up {duration(health.get('uptime_s') or 0)}",
-        f"version {safe(health.get('version', '?'))}",
-    ]
-    problems = [safe(problem) for problem in health.get("problems") or []]
-    error = (health.get("model") or {}).get("error")
-    if error and not any(safe(error) in problem for problem in problems):
-        problems.append(safe(error))
-    return [" · ".join(parts), *(paint("problem: ", "red", colours=colours) + problem for problem in problems)]
 
 
 def stats_lines(stats: Mapping[str, Any], *, colours: bool) -> list[str]:
@@ -249,7 +130,7 @@ def _machine_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             (model, "device_used_bytes", lambda n: f"{size(n)} on the device"),
             (model, "device_total_bytes", lambda n: f"of {size(n)}"),
             (model, "starts", lambda n: plural(n, "start")),
-            (model, "crashes", lambda n: plural(n, "crash").replace("crashs", "crashes")),
+            (model, "crashes", lambda n: plural(n, "crash", "crashes")),
         ),
     )
     for name, lane in lanes.items():
@@ -293,3 +174,11 @@ def _spread(name: str, spread: Any) -> str:
 
 def _joined(*fields: tuple[Mapping[str, Any], str, Any]) -> str:
     return ", ".join(words(values[key]) for values, key, words in fields if isinstance(values.get(key), int | float))
+
+
+def source_label(job: Job) -> str:
+    """Return how people know a job's source: its file name, its id, its address."""
+    for key in ("name", "id", "url"):
+        if isinstance(value := job.source.get(key), str) and value:
+            return value
+    return f"job {job.id}"

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from whisperctl.arguments import Argument, source_label, source_stem
+from whisperctl.arguments import Argument, source_stem
 from whisperctl.connection import seconds_left
 from whisperctl.errors import DaemonUnreachable, error_of
 from whisperctl.exits import Exit, exit_code, exit_of_state
-from whisperctl.options import OutputOptions, RequestOptions, Shell
-from whisperctl.output import Output, to_json
-from whisperctl.render import clock, duration, how_it_is, plural, safe, size
+from whisperctl.options import Shell
+from whisperctl.output import Output
+from whisperctl.render import how_it_is, source_label
 from whisperctl.results import Result, Segment
 from whisperctl.watch import JobWatch, LiveText
+from whisperctl.words import clock, duration, plural, safe, size, to_json
+from whisperctl.work_options import OutputOptions, RequestOptions
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import Job, Priority
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-from whisperctl.render import safe, shortened
+from whisperctl.words import safe, shortened
 
 _CLEAR_LINE = "\r\x1b[K"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from whisperctl.client import Client
-from whisperctl.render import safe, what_happens
+from whisperctl.render import what_happens
 from whisperctl.results import Event, Segment
 from whisperctl.terminal import Screen
+from whisperctl.words import safe
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import Job, JobState
 

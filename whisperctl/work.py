@@ -7,15 +7,8 @@ from typing import Any
 
 import click
 
-from whisperctl.options import (
-    OutputOptions,
-    RequestOptions,
-    Shell,
-    common_options,
-    json_option,
-    output_options,
-    request_options,
-)
+from whisperctl.options import Shell, common_options, json_option
+from whisperctl.work_options import OutputOptions, RequestOptions, output_options, request_options
 
 JOB = click.IntRange(min=1)
 
