@@ -111,3 +111,9 @@ def test_the_daemon_is_light() -> None:
 @pytest.mark.parametrize("module", ["whisperd.audio.copier", "whisperd.audio.decoder"])
 def test_the_audio_helpers_know_no_model(module: str) -> None:
     assert not loaded(f"import {module}") & {"torch", "whisper", "sqlite3", "whisperd.daemon", "click"}
+
+
+def test_every_folder_is_a_package() -> None:
+    """One without `__init__.py` works in a checkout and is missing from an installation."""
+    folders = {path.parent for path in SOURCES}
+    assert not {str(folder) for folder in folders if not (folder / "__init__.py").exists()}
