@@ -1,0 +1,379 @@
+"""The store over a real database: jobs and runs, keys, sharing, events, retention, and what a full disk does."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import wait_until
+from whisperd.daemon.database import Database, StateError, open_database
+from whisperd.daemon.migrations import MIGRATIONS
+from whisperd.daemon.rows import Change, Event, JobRow, NewJob
+from whisperd.daemon.store import Retention, Store
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.jobs import IllegalMove, JobState, Priority
+from whisperd.protocol.options import parse_options
+
+HOUR_S = 3600.0
+OPTIONS = parse_options({})
+STORE = Store(Retention(jobs_s=10 * HOUR_S, keys_s=20 * HOUR_S, failed_audio_s=HOUR_S))
+
+
+class Book:
+    """Store calls against a database, each in a transaction of its own, at the time `now`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "queue.sqlite3"
+        self.now = 1000.0
+        self._folders = 0
+        self.open()
+
+    def open(self) -> None:
+        self.database = Database(self.path, deliver=lambda call: call(), failed=pytest.fail)
+
+    def run(self, call: Callable[[sqlite3.Connection], Any]) -> Any:
+        return self.database.run(call)
+
+    def accept(self, uid: int = 1, share: bytes = b"same", **fields: Any) -> Change:
+        self._folders += 1
+        defaults: dict[str, Any] = {
+            "priority": Priority.BACKGROUND,
+            "attached": False,
+            "key": None,
+            "source": {"kind": "fd", "name": "talk.m4a"},
+            "options": OPTIONS,
+            "fresh": False,
+            "fingerprint": b"f",
+            "folder": f"folder-{self._folders}",
+            "sha256": "00",
+            "size_bytes": 3,
+        }
+        new = NewJob(uid=uid, share_key=b"%d:%s" % (uid, share), **defaults | fields)
+        change: Change = self.run(lambda db: STORE.accept(db, new, self.now))
+        return change
+
+    def running(self, **fields: Any) -> JobRow:
+        job = self.accept(**fields).job
+        assert job is not None
+        self.run(lambda db: STORE.decoded(db, job.run_id, audio_s=2.0, truncated=False))
+        self.run(lambda db: STORE.start(db, job.run_id, self.now))
+        return job
+
+    def job(self, job_id: int) -> JobRow:
+        job: JobRow = self.run(lambda db: STORE.job(db, job_id, uid=None))
+        return job
+
+    def events(self, job_id: int, after_seq: int = 0) -> list[Event]:
+        events: list[Event] = self.run(lambda db: STORE.events(db, job_id, after_seq=after_seq, limit=1000))
+        return events
+
+    def story(self, job_id: int) -> list[str]:
+        """The job's events in words; fails if a number is missing or stands there twice."""
+        events = self.events(job_id)
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert self.job(job_id).last_seq == len(events)
+        return [
+            event.payload["segment"]["text"]
+            if event.kind == "segment"
+            else str(event.payload["state"]) + ("!" if event.payload.get("discard") else "")
+            for event in events
+        ]
+
+    def say(self, run_id: int, *texts: str) -> Change:
+        change: Change = self.run(lambda db: STORE.add_segments(db, run_id, [{"text": text} for text in texts]))
+        return change
+
+    def finish(self, run_id: int) -> Change:
+        change: Change = self.run(lambda db: STORE.finish(db, run_id, b"\x80", self.now))
+        return change
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Book:
+    return Book(tmp_path)
+
+
+def job_of(change: Change) -> JobRow:
+    assert change.job is not None
+    return change.job
+
+
+# --- jobs and runs ---
+
+
+def test_a_job_from_its_acceptance_to_its_end(book: Book) -> None:
+    job = book.running()
+    book.say(job.run_id, "one", "two")
+    change = book.finish(job.run_id)
+    assert change.folders == ["folder-1"], "the audio is not needed any more"
+    assert book.story(job.id) == ["queued", "running", "one", "two", "done"]
+    answer = book.run(lambda db: STORE.answer(db, job.id, uid=1))
+    assert answer.transcript == b"\x80"
+
+
+def test_the_same_work_is_done_once_and_who_joins_gets_what_was_said_before(book: Book) -> None:
+    first = book.running()
+    book.say(first.run_id, "one")
+    joined = book.accept()
+    assert (job_of(joined).run_id, joined.reused, joined.folders) == (first.run_id, True, ["folder-2"])
+    book.say(first.run_id, "two")
+    book.finish(first.run_id)
+    assert book.story(job_of(joined).id) == ["queued", "running", "one", "two", "done"]
+    later = book.accept()
+    assert job_of(later).state is JobState.DONE
+    assert book.story(job_of(later).id) == ["queued", "one", "two", "done"]
+
+
+def test_other_users_other_options_and_fresh_make_runs_of_their_own(book: Book) -> None:
+    runs = [job_of(book.accept(**fields)).run_id for fields in ({}, {"uid": 2}, {"share": b"other"}, {"fresh": True})]
+    assert len(set(runs)) == 4
+
+
+def test_a_failed_or_cancelled_run_is_not_shared(book: Book) -> None:
+    first = book.running()
+    book.run(lambda db: STORE.fail(db, first.run_id, WhisperdError("bad_audio", "no"), book.now))
+    second = book.accept()
+    assert not second.reused
+    book.run(lambda db: STORE.cancel(db, job_of(second).id, book.now, uid=1))
+    assert not book.accept().reused
+
+
+def test_a_run_ends_with_its_last_job_and_not_before(book: Book) -> None:
+    first = book.running()
+    second = job_of(book.accept())
+    change = book.run(lambda db: STORE.cancel(db, first.id, book.now, uid=1))
+    assert job_of(change).state is JobState.CANCELLED
+    assert not change.runs
+    change = book.run(lambda db: STORE.cancel(db, second.id, book.now, uid=1))
+    assert [run.state for run in change.runs] == [JobState.CANCELLED]
+    assert book.finish(first.run_id).jobs == [], "a result that comes too late changes nothing"
+    assert book.story(first.id)[-1] == "cancelled"
+
+
+def test_an_ended_job_is_cancelled_in_vain(book: Book) -> None:
+    job = book.running()
+    book.finish(job.run_id)
+    change = book.run(lambda db: STORE.cancel(db, job.id, book.now, uid=1))
+    assert job_of(change).state is JobState.DONE
+    assert change.events == []
+
+
+def test_nobody_learns_of_anothers_job(book: Book) -> None:
+    job = book.running()
+    for call in (
+        lambda db: STORE.job(db, job.id, uid=2),
+        lambda db: STORE.answer(db, job.id, uid=2),
+        lambda db: STORE.cancel(db, job.id, book.now, uid=2),
+        lambda db: STORE.forget(db, job.id, uid=2),
+    ):
+        with pytest.raises(WhisperdError) as theirs:
+            book.run(call)
+        with pytest.raises(WhisperdError) as nobodys:
+            book.run(lambda db: STORE.job(db, job.id + 1000, uid=2))
+        assert theirs.value.code == nobodys.value.code == "not_found"
+        assert theirs.value.message == nobodys.value.message.replace(str(job.id + 1000), str(job.id))
+    assert book.run(lambda db: STORE.jobs(db, uid=2, state=None, before=None, limit=10)) == []
+
+
+def test_an_illegal_move_raises(book: Book) -> None:
+    job = book.running()
+    book.finish(job.run_id)
+    run = book.run(lambda db: STORE.answer(db, job.id, uid=1)).run
+    with pytest.raises(IllegalMove):
+        book.run(lambda db: STORE._move_run(db, Change(), run, JobState.RUNNING, book.now))
+
+
+def test_ids_are_never_used_again(book: Book) -> None:
+    job = book.running()
+    book.finish(job.run_id)
+    book.run(lambda db: STORE.forget(db, job.id, uid=1))
+    assert job_of(book.accept()).id == job.id + 1
+
+
+# --- deaths and restarts ---
+
+
+def test_a_restart_returns_running_work_to_the_queue(book: Book) -> None:
+    running, waiting = book.running(), job_of(book.accept(share=b"other"))
+    book.say(running.run_id, "one")
+    book.open()  # as after kill -9: the old connection is simply left
+    live, folders = book.run(lambda db: STORE.recover(db, book.now))
+    assert {job.id: job.state for job in live.jobs} == {running.id: JobState.QUEUED, waiting.id: JobState.QUEUED}
+    assert folders == {"folder-1", "folder-2"}
+    assert book.story(running.id) == ["queued", "running", "one", "queued!"]
+    book.run(lambda db: STORE.start(db, running.run_id, book.now))
+    book.say(running.run_id, "again")
+    book.finish(running.run_id)
+    assert book.story(running.id) == ["queued", "running", "one", "queued!", "running", "again", "done"]
+    later = book.accept()
+    assert book.story(job_of(later).id) == ["queued", "again", "done"], "void segments are not told to who comes later"
+
+
+def test_the_third_death_fails_a_run(book: Book) -> None:
+    job = book.running()
+    for state in (JobState.QUEUED, JobState.QUEUED, JobState.FAILED):
+        book.run(lambda db: STORE.start(db, job.run_id, book.now))
+        book.run(lambda db: STORE.put_back(db, job.run_id, book.now, died=True))
+        assert book.job(job.id).state is state
+    assert book.job(job.id).error_code == "worker_crashed"
+
+
+def test_an_unload_never_counts(book: Book) -> None:
+    job = book.running()
+    for _ in range(5):
+        book.run(lambda db: STORE.put_back(db, job.run_id, book.now, died=False))
+        book.run(lambda db: STORE.start(db, job.run_id, book.now))
+    assert book.job(job.id).state is JobState.RUNNING
+
+
+# --- keys ---
+
+
+def test_a_key_makes_one_job(book: Book) -> None:
+    first = book.accept(key="k")
+    again = book.accept(key="k")
+    assert job_of(again).id == job_of(first).id
+    assert again.folders == ["folder-2"]
+    with pytest.raises(WhisperdError) as conflict:
+        book.accept(key="k", fingerprint=b"another source")
+    assert conflict.value.code == "key_conflict"
+    assert job_of(book.accept(key="k", uid=2)).id != job_of(first).id, "keys are a user's own"
+
+
+def test_a_key_whose_job_failed_is_free_again(book: Book) -> None:
+    job = book.running(key="k")
+    book.run(lambda db: STORE.fail(db, job.run_id, WhisperdError("bad_audio", "no"), book.now))
+    second = book.accept(key="k", fingerprint=b"another source")
+    assert job_of(second).id != job.id
+    assert job_of(book.accept(key="k", fingerprint=b"another source")).id == job_of(second).id
+
+
+def test_a_key_outlives_its_jobs_row_for_a_while(book: Book) -> None:
+    job = book.running(key="k")
+    book.finish(job.run_id)
+    book.now += 11 * HOUR_S
+    change = book.run(lambda db: STORE.housekeep(db, book.now))
+    assert (change.gone_jobs, change.gone_runs) == ([job.id], [job.run_id])
+    with pytest.raises(WhisperdError) as gone:
+        book.accept(key="k")
+    assert gone.value.code == "not_found"
+    book.now += 21 * HOUR_S
+    book.run(lambda db: STORE.housekeep(db, book.now))
+    assert job_of(book.accept(key="k")).id == job.id + 1
+
+
+def test_forget_deletes_the_key_too(book: Book) -> None:
+    job = book.running(key="k")
+    with pytest.raises(WhisperdError) as alive:
+        book.run(lambda db: STORE.forget(db, job.id, uid=1))
+    assert alive.value.code == "bad_request"
+    book.finish(job.run_id)
+    book.run(lambda db: STORE.forget(db, job.id, uid=1))
+    assert not book.accept(key="k").reused
+    for table in ("events", "segments", "transcripts"):
+        assert book.run(lambda db, table=table: db.execute(f"SELECT count(*) FROM {table}").fetchone()) in ((0,), (1,))
+
+
+def test_forget_leaves_a_shared_run_to_the_others(book: Book) -> None:
+    first = book.running()
+    second = job_of(book.accept())
+    book.finish(first.run_id)
+    book.run(lambda db: STORE.forget(db, first.id, uid=1))
+    assert book.run(lambda db: STORE.answer(db, second.id, uid=1)).transcript == b"\x80"
+
+
+def test_failed_audio_is_kept_for_a_while(book: Book) -> None:
+    job = book.running()
+    failed = book.run(lambda db: STORE.fail(db, job.run_id, WhisperdError("internal", "no"), book.now))
+    assert failed.folders == []
+    book.now += 2 * HOUR_S
+    assert book.run(lambda db: STORE.housekeep(db, book.now)).folders == ["folder-1"]
+
+
+# --- lists and events ---
+
+
+def test_jobs_are_listed_newest_first_in_pages(book: Book) -> None:
+    ids = [job_of(book.accept(share=b"%d" % n)).id for n in range(5)]
+
+    def page(before: int | None) -> list[int]:
+        rows = book.run(lambda db: STORE.jobs(db, uid=1, state=JobState.QUEUED, before=before, limit=2))
+        return [job.id for job, _ in rows]
+
+    assert page(None) == ids[:2:-1]
+    assert page(ids[3]) == [ids[2], ids[1]]
+
+
+def test_events_after_a_number(book: Book) -> None:
+    job = book.running()
+    book.say(job.run_id, "one", "two")
+    assert [event.seq for event in book.events(job.id, after_seq=2)] == [3, 4]
+
+
+# --- the database ---
+
+
+def test_a_newer_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    open_database(path).execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    with pytest.raises(StateError, match="newer"):
+        open_database(path)
+
+
+@pytest.mark.parametrize("damage", [b"this is no database, whatever its name says. " * 100, None])
+def test_a_damaged_database_is_refused_with_a_way_out(tmp_path: Path, damage: bytes | None) -> None:
+    path = tmp_path / "queue.sqlite3"
+    if damage is None:
+        connection = open_database(path)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+        content = bytearray(path.read_bytes())
+        content[4096:] = b"\xff" * (len(content) - 4096)
+        damage = bytes(content)
+    path.write_bytes(damage)
+    with pytest.raises(StateError, match="move"):
+        open_database(path)
+
+
+@pytest.fixture
+def threaded(tmp_path: Path) -> Iterator[Database]:
+    database = Database(tmp_path / "queue.sqlite3", deliver=lambda call: call(), failed=lambda reason: None)
+    database.start()
+    yield database
+    database.stop()
+
+
+def test_calls_come_back_in_order_and_an_error_is_its_callers_alone(threaded: Database) -> None:
+    seen: list[Any] = []
+
+    def refuse(db: sqlite3.Connection) -> None:
+        db.execute("CREATE TABLE mine (x)")
+        raise WhisperdError("bad_request", "no")
+
+    for number in range(50):
+        threaded.call(lambda db, number=number: db.execute(f"CREATE TABLE t{number} (x)") and number, seen.append)
+    threaded.call(refuse, seen.append)
+    threaded.call(lambda db: [row[0] for row in db.execute("SELECT name FROM sqlite_master")], seen.append)
+    wait_until(lambda: len(seen) == 52, 10)
+    assert seen[:50] == list(range(50))
+    assert isinstance(seen[50], WhisperdError)
+    assert "t49" in seen[51]
+    assert "mine" not in seen[51], "what a failed call wrote is undone"
+
+
+def test_a_full_disk_refuses_what_writes_and_answers_what_reads(threaded: Database) -> None:
+    seen: list[Any] = []
+    threaded.call(lambda db: db.execute("CREATE TABLE t (x)") and "made", seen.append)
+    wait_until(lambda: seen, 10)
+    threaded.call(lambda db: db.execute("PRAGMA max_page_count = 1") and None, seen.append)
+    wait_until(lambda: len(seen) == 2, 10)
+    threaded.call(lambda db: db.execute("INSERT INTO t VALUES (zeroblob(1000000))") and None, seen.append)
+    threaded.call(lambda db: db.execute("SELECT count(*) FROM t").fetchone()[0], seen.append)
+    wait_until(lambda: len(seen) == 4, 10)
+    assert isinstance(seen[2], WhisperdError)
+    assert seen[2].code == "storage_full"
+    assert seen[3] == 0
