@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -25,14 +26,12 @@ def pytest_runtest_makereport(
     """Show what the test's daemons had to say beside its failure."""
     report = yield
     if report.failed:
-        for daemon in item.stash.get(_DAEMONS, []):
+        for daemon in (daemon for node in item.listchain() for daemon in node.stash.get(_DAEMONS, [])):
             report.sections.append((f"stderr of whisperd in {daemon.folder}", daemon.log()[-20_000:]))
     return report
 
 
-@pytest.fixture
-def make_daemon(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
-    """A function that prepares a daemon that is not started; it ends with the test."""
+def _make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     daemons = request.node.stash.setdefault(_DAEMONS, [])
 
     def make(**settings: Any) -> Daemon:
@@ -41,23 +40,33 @@ def make_daemon(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon
         return daemon
 
     yield make
-    errors = []
-    for daemon in daemons:
-        try:
-            daemon.close()
-        except BaseException as error:  # every daemon ends, whatever the one before it did
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    with ExitStack() as stack:  # every daemon ends, whatever the one before it did
+        for daemon in daemons:
+            stack.callback(daemon.close)
+
+
+def _start(make: Callable[..., Daemon]) -> Callable[..., Daemon]:
+    def start(*, wait: bool = True, ready: bool = False, **settings: Any) -> Daemon:
+        daemon = make(**settings)
+        daemon.start(wait=wait, ready=ready)
+        return daemon
+
+    return start
+
+
+@pytest.fixture
+def make_daemon(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
+    """A function that prepares a daemon that is not started; it ends with the test."""
+    yield from _make(request)
 
 
 @pytest.fixture
 def start_daemon(make_daemon: Callable[..., Daemon]) -> Callable[..., Daemon]:
     """A function that starts a daemon: `start_daemon(model=..., ready=True, capacity=4)`. It ends with the test."""
+    return _start(make_daemon)
 
-    def start(*, wait: bool = True, ready: bool = False, **settings: Any) -> Daemon:
-        daemon = make_daemon(**settings)
-        daemon.start(wait=wait, ready=ready)
-        return daemon
 
-    return start
+@pytest.fixture(scope="module")
+def start_module_daemon(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
+    """As `start_daemon`, for a module's own fixture: the daemon serves all tests of the module (on one worker)."""
+    yield from map(_start, _make(request))

@@ -196,9 +196,16 @@ class Daemon:
             return False
 
     def wait_ready(self, timeout_s: float = 60) -> None:
-        """Wait until the model is loaded."""
+        """Wait until the model is loaded; fail the test when it cannot be."""
+
+        def ready() -> bool:
+            health = client.call("health")
+            if health["model"]["state"] == "failed":
+                pytest.fail(f"the model cannot be loaded: {health['problems']}")
+            return bool(health["status"] == "ready")
+
         with self.client() as client:
-            wait_until(lambda: client.call("health")["status"] == "ready", timeout_s, "the model is ready")
+            wait_until(ready, timeout_s, "the model is ready")
 
     def client(self) -> RawClient:
         """Return a new connection; the caller closes it."""
