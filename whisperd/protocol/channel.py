@@ -35,7 +35,8 @@ class Channel:
             if descriptors:
                 sent = socket.send_fds(self.socket, [frame], list(descriptors))
                 frame = frame[sent:]
-            self.socket.sendall(frame)
+            if frame:  # else sending nothing to a peer that has just left would raise
+                self.socket.sendall(frame)
 
     def receive(self, timeout_s: float | None = None) -> tuple[dict[str, Any], list[int]]:
         """Return the next frame's map and descriptors.
