@@ -121,8 +121,8 @@ class ModelLane:
         if self._helper is None:
             self._spawn()
         elif self._status.state == "failed":
-            self._end("loading again")
-            # `_on_exit` starts the next one.
+            self._set_status(self._no_status("loading"))
+            self._end("loading again")  # `_on_exit` starts the next one
 
     def unload(self) -> None:
         """End the helper, which gives all its memory back; running work returns to the queue."""
