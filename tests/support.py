@@ -235,8 +235,8 @@ class Daemon:
         return psutil.Process(self.pid).children(recursive=True)
 
     def helpers(self, module: str) -> list[psutil.Process]:
-        """Return the helpers that run a module, such as `whisperd.model.main`."""
-        return [child for child in self.children() if module in child.cmdline()]
+        """Return the living helpers that run a module, such as `whisperd.model.main`."""
+        return [child for child in self.children() if module in _command_line(child)]
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -306,6 +306,14 @@ def to_toml(settings: Mapping[str, Any]) -> str:
         return '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     return "".join(f"{name} = {value(item)}\n" for name, item in settings.items() if item is not None)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    """Return a process's arguments; none once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie too
+        return []
 
 
 # --- speech ---
