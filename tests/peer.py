@@ -85,6 +85,11 @@ class Peer:
         """How many clients are connected now."""
         return len(self._channels)
 
+    @property
+    def subscribers(self) -> int:
+        """How many subscriptions are open now."""
+        return len(self._subscribers)
+
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
@@ -172,8 +177,10 @@ class Peer:
             self.changed.notify_all()
 
     def hear(self, job_id: int, *texts: str) -> None:
-        """Push a segment for each text."""
-        place = sum(event["event"] == "segment" for event in self.events[job_id])
+        """Push a segment for each text; after a `discard` they are counted anew."""
+        place = 0
+        for event in self.events[job_id]:
+            place = 0 if event.get("discard") else place + (event["event"] == "segment")
         for index, text in enumerate(texts, place):
             self.say(job_id, "segment", segment=segment(index, text))
 

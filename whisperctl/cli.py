@@ -76,22 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return shell_complete(cli, {}, "whisperctl", "_WHISPERCTL_COMPLETE", instruction)
-    for stream in (sys.stdout, sys.stderr):
-        # A name may hold what the terminal's encoding has no letter for.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _prepare_streams()
     shell = Shell()
     code: int
     try:
         try:
             code = _run(list(sys.argv[1:] if argv is None else argv), shell)
-            sys.stdout.flush()
         finally:
             shell.close()
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read us has enough. What Python still wants to write at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read us has enough
         code = Exit.CLOSED_PIPE
     return int(code)
 
@@ -101,6 +97,7 @@ def _run(argv: list[str], shell: Shell) -> int:
         # Not cli.main(): it would answer Ctrl-C and a closed pipe with 1.
         with cli.make_context("whisperctl", argv, obj=shell) as context:
             code = cli.invoke(context)
+            sys.stdout.flush()
             return code if isinstance(code, int) else Exit.DONE
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -115,6 +112,7 @@ def _run(argv: list[str], shell: Shell) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
+        _drop_output()
         _tell(shell, f"cannot write: {error.strerror or error}")
         return Exit.JOB_FAILED
     except Exception as error:
@@ -122,9 +120,22 @@ def _run(argv: list[str], shell: Shell) -> int:
         return Exit.JOB_FAILED
 
 
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it stays open to the end)
+        # A name may hold what the terminal's encoding has no letter for.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Send nowhere what Python would still write to stdout, and complain of, at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
+
 def _tell(shell: Shell, message: str) -> None:
     shell.screen.status("")
-    shell.screen.error(f"whisperctl: {message}")
+    shell.screen.error(message)
 
 
 def _defect(error: Exception) -> str:

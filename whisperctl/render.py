@@ -63,14 +63,14 @@ def job_table(jobs: Sequence[Job], *, colours: bool, width: int | None, now: flo
         (
             str(job.id),
             str(job.state),
-            "now" if job.priority == "interactive" else "later",
+            str(job.priority),
             f"{duration(max(now - job.submitted_at, 0))} ago",
             shortened(safe(source_label(job)), 40),
             safe(how_it_is(job)),
         )
         for job in jobs
     ]
-    titles = ("JOB", "STATE", "WHEN", "SUBMITTED", "SOURCE", "")
+    titles = ("JOB", "STATE", "PRIORITY", "SUBMITTED", "SOURCE", "")
     lines = columns([titles, *rows], right=(0,))
     if width:
         lines = [shortened(line, width) for line in lines]

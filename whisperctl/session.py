@@ -80,8 +80,9 @@ def _cancelling(shell: Shell, jobs: Sequence[tuple[Argument, Job]]) -> Iterator[
     except (KeyboardInterrupt, BrokenPipeError):
         shell.screen.status("cancelling")
         with suppress(WhisperdError):
-            for _, job in jobs:
-                shell.client.cancel(job.id)
+            cancelled = [job.id for _, job in jobs if shell.client.cancel(job.id).state == "cancelled"]
+            if cancelled:
+                shell.screen.note(f"cancelled job {', '.join(map(str, cancelled))}")
         shell.screen.status("")
         raise
 

@@ -57,10 +57,13 @@ class Screen:
     def note(self, text: str) -> None:
         """Tell something on stderr, unless told to be quiet."""
         if not self._quiet:
-            self.error(text)
+            self._tell(text)
 
     def error(self, text: str) -> None:
-        """Tell something on stderr in any case."""
+        """Tell on stderr, in any case, what went wrong."""
+        self._tell(f"whisperctl: {text}")
+
+    def _tell(self, text: str) -> None:
         self._hide()
         self._err.write("\n".join(map(safe, text.split("\n"))) + "\n")
         self._err.flush()
