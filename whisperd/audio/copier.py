@@ -1,0 +1,104 @@
+"""The copy helper: a client's descriptor → `<folder>/source` in the spool, hashed on the way and durable.
+
+It is a process of its own because reading can hang (NFS, FUSE) and because no byte is moved on the daemon's loop.
+It imports nothing heavy: a new one is ready in the time that bare Python takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from whisperd.audio.spoolfile import SpoolFile, storage_errors, sync_folder
+from whisperd.audio.task import Task, serve
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.helper_messages import Copied, CopyIn
+from whisperd.protocol.helpers import start
+
+_CHUNK_BYTES = 2**20
+
+
+def main() -> None:
+    """Run the helper until its daemon ends."""
+    link = start("copier")
+    spool, max_bytes = Path(link.settings["spool"]), int(link.settings["max_source_bytes"])
+
+    def perform(task: Task, order: CopyIn, descriptors: list[int]) -> Copied:
+        (fd,) = descriptors
+        total = os.fstat(fd).st_size
+        sha256, size_bytes = copy_in(
+            fd, spool, order.folder, max_bytes=max_bytes, on_chunk=lambda done: task.checkpoint(done, total)
+        )
+        return Copied(run=order.run, generation=order.generation, sha256=sha256, size_bytes=size_bytes)
+
+    serve(link, CopyIn, perform)
+
+
+def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Callable[[int], None]) -> tuple[str, int]:
+    """Copy all that `fd` holds to `<spool>/<folder>/source`; return its SHA-256 in hex and its size in bytes.
+
+    The folder has its name only once everything in it is on the disk, so a folder with a plain name is always whole.
+    Raises `WhisperdError`: `too_large`, `storage_full`, `bad_audio` (it cannot be read), or what `on_chunk` raises; no
+    trace of the copy is left then.
+    """
+    partial, final = spool / f"{folder}.partial", spool / folder
+    # A copier that was killed in the middle leaves its partial folder, or the whole one that nobody heard of.
+    _remove(partial)
+    _remove(final)
+    try:
+        with storage_errors():
+            partial.mkdir(mode=0o700)
+            with SpoolFile(partial / "source") as target:
+                sha256 = _copy(fd, target, max_bytes, on_chunk)
+                target.sync()
+            sync_folder(partial)
+            partial.rename(final)
+            sync_folder(spool)
+            return sha256, target.size_bytes
+    except BaseException:
+        _remove(partial)
+        _remove(final)
+        raise
+
+
+def _copy(fd: int, target: SpoolFile, max_bytes: int, on_chunk: Callable[[int], None]) -> str:
+    """Copy until the end of the file, wherever that is by then: what was read is what counts."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    while count := _read(fd, buffer, target.size_bytes):
+        if target.size_bytes + count > max_bytes:
+            raise WhisperdError(
+                ErrorCode.TOO_LARGE,
+                f"the recording has more than {max_bytes} bytes (setting max_source_bytes): cut it into parts",
+            )
+        digest.update(view[:count])
+        target.write(view[:count])
+        on_chunk(target.size_bytes)
+    return digest.hexdigest()
+
+
+def _read(fd: int, buffer: bytearray, offset: int) -> int:
+    """Read at `offset`: the descriptor's own offset is shared with the client, who may move it at any time."""
+    try:
+        return os.preadv(fd, [buffer], offset)
+    except OSError as error:
+        raise WhisperdError(
+            ErrorCode.BAD_AUDIO,
+            f"the recording cannot be read ({error.strerror}): check its disk, or copy it elsewhere",
+        ) from None
+
+
+def _remove(folder: Path) -> None:
+    # What cannot be removed is swept when the daemon starts: no row names it.
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            os.unlink(entry)
+        folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Files in the spool: written without getting in the database's way, made durable, and full disks told apart."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+# Left alone, the kernel gathers hundreds of megabytes before it writes them, and a database commit that falls into
+# that burst waits for it: 150 ms at worst beside a 600 MB copy. Writing every 8 MiB out as it comes, and
+# waiting only for the 8 MiB before, keeps at most 16 MiB in flight: 60 ms at worst, half the 99th percentile, and the
+# copy itself is no slower. fdatasync instead also commits the file system's journal, which commits wait for too.
+_WRITE_OUT_BYTES = 8 * 2**20
+
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
+_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+
+_libc = ctypes.CDLL(None)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn a full disk (or quota, or file size limit) into `storage_full`; other errors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise WhisperdError(
+            ErrorCode.STORAGE_FULL, f"the disk of the spool is full ({error.strerror}): make room and try again"
+        ) from None
+
+
+class SpoolFile:
+    """A new file that is written from front to back. `size_bytes` is what it holds so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self.size_bytes = 0
+        self._written_out = 0
+
+    def __enter__(self) -> SpoolFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data`. Raises `OSError`."""
+        while data:
+            count = os.write(self._fd, data)
+            self.size_bytes += count
+            data = data[count:]
+        if self.size_bytes - self._written_out >= _WRITE_OUT_BYTES:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        """Start writing what is new, wait for what was started last time.
+
+        A hint: an error (a file system that cannot) costs nothing, as `sync` tells in the end.
+        """
+        start, end = self._written_out, self.size_bytes
+        _libc.sync_file_range(self._fd, start, end - start, _WRITE)
+        if start:
+            before = max(0, start - _WRITE_OUT_BYTES)
+            _libc.sync_file_range(self._fd, before, start - before, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+        self._written_out = end
+
+    def sync(self) -> None:
+        """Return once everything is on the disk. Raises `OSError`."""
+        os.fsync(self._fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the folder's entries (new, renamed and removed names) are on the disk. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,83 @@
+"""What both audio helpers do alike: take one piece of work at a time, answer it, look out for `Cancel` meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.helper_messages import Cancel, CopyIn, Decode, Failed, HelperMessage, Progress
+from whisperd.protocol.helpers import HelperLink
+
+_CHECK_S = 0.05  # how often the inbox is looked at: well under the 2 s in which a Cancel must be answered
+_PROGRESS_S = 0.3
+
+Order = TypeVar("Order", CopyIn, Decode)
+log = logging.getLogger("whisperd.audio")
+
+
+class Task:
+    """One order at work: how it tells its progress and hears that it is no longer wanted."""
+
+    def __init__(self, link: HelperLink, order: CopyIn | Decode, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._order = order
+        self._clock = clock
+        self._next_check_s = 0.0
+        self._next_progress_s = clock() + _PROGRESS_S
+
+    def checkpoint(self, done: float, total: float) -> None:
+        """Call this often, at least between any two pieces of work that may take a while; it costs next to nothing.
+
+        Raises `WhisperdError` (`cancelled`) once the daemon has taken the order back.
+        """
+        now_s = self._clock()
+        if now_s < self._next_check_s:
+            return
+        self._next_check_s = now_s + _CHECK_S
+        self._link.step()
+        while message := self._link.poll():
+            # A Cancel for an order that ended before it arrived is late and means nothing.
+            if isinstance(message, Cancel) and (message.run, message.generation) == self._name:
+                raise WhisperdError(ErrorCode.CANCELLED, "cancelled")
+        if now_s >= self._next_progress_s:
+            self._next_progress_s = now_s + _PROGRESS_S
+            self._link.send(
+                Progress(run=self._order.run, generation=self._order.generation, done=float(done), total=float(total))
+            )
+
+    @property
+    def _name(self) -> tuple[int, int]:
+        return self._order.run, self._order.generation
+
+
+def serve(link: HelperLink, kind: type[Order], perform: Callable[[Task, Order, list[int]], HelperMessage]) -> NoReturn:
+    """Answer orders of one kind for ever (the link ends the process with its daemon).
+
+    `perform` gets the task, the order and its descriptors (closed here), and returns the answer or raises
+    `WhisperdError`, which becomes `Failed`.
+    """
+    while True:
+        message, descriptors = link.next()
+        try:
+            if isinstance(message, kind):  # else: a Cancel that came too late
+                link.send(_answer(Task(link, message), message, descriptors, perform))
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+
+
+def _answer(
+    task: Task, order: Order, descriptors: list[int], perform: Callable[[Task, Order, list[int]], HelperMessage]
+) -> HelperMessage:
+    try:
+        return perform(task, order, descriptors)
+    except WhisperdError as error:
+        return Failed(run=order.run, generation=order.generation, code=error.code, message=error.message)
+    except Exception as error:
+        log.exception("run=%d an order failed in a way nobody thought of", order.run)
+        message = f"{type(error).__name__}: {error}; the daemon's log has more"
+        return Failed(run=order.run, generation=order.generation, code=ErrorCode.INTERNAL, message=message)
