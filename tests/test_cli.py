@@ -105,7 +105,7 @@ def test_failures_of_jobs(peer: Peer, ctl: Shell) -> None:
     assert (done.code, done.out, done.err) == (1, "", "whisperctl: talk.m4a: there is no audio track in it\n")
     peer.on_submit = lambda job: peer.say(job, "end", state="cancelled", error=None)
     assert ctl("transcribe", "talk.m4a").code == 5
-    peer.refuse["submit"] = WhisperdError("queue_full", "whisperctl: 1,000 jobs wait; try again later")
+    peer.refuse["submit"] = WhisperdError("queue_full", "1,000 jobs wait; try again later")
     done = ctl("transcribe", "talk.m4a")
     assert (done.code, done.err) == (6, "whisperctl: 1,000 jobs wait; try again later\n")
 
