@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(<!-- help: (?P<name>[a-z ]+) -->\n)(.*?)(<!-- end of help
 
 def help_text(name: str) -> str:
     """Return the help of `whisperctl` itself or of one of its commands, as `-h` prints it 100 columns wide."""
-    settings = cli.context_settings | {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    settings = {**cli.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     root = click.Context(cli, info_name="whisperctl", **settings)
     if name == "whisperctl":
         return cli.get_help(root)
