@@ -1,98 +1,32 @@
-"""The server: accepts clients, asks the kernel who they are, moves bytes, keeps every limit of time and number.
+"""The server: accepts clients, asks the kernel who they are, and counts them.
 
-What the bytes mean is `connection`'s; what the requests do is the dispatcher's.
+What one connection does is `link`'s, what its bytes mean `connection`'s, what the requests do the dispatcher's.
 """
 
 from __future__ import annotations
 
-import array
-import contextlib
 import logging
-import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
-from enum import Enum
-from typing import Any
+from collections.abc import Callable
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.connection import Connection
+from whisperd.daemon.link import Link, Peer
 from whisperd.daemon.listener import Listener, open_listener
-from whisperd.daemon.loop import READ, WRITE, Loop, Timer
-from whisperd.protocol.channel import received_descriptors
+from whisperd.daemon.loop import READ, Loop, Timer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
+__all__ = ["Peer", "Server"]
+
 log = logging.getLogger("whisperd.server")
 
-_READ_BYTES = 64 * 1024
-# What one connection may do in one turn of the loop before the others have theirs.
-_WRITE_BYTES_A_TURN = 256 * 1024
-_REQUESTS_A_TURN = 16
 _ACCEPTS_A_TURN = 64
-# Room for as many descriptors as the kernel passes at once: a truncated message then means that we have run out.
-_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _REARM_S = 1.0
-# A client that is refused while it still sends must be able to finish sending, or it never reads the reason.
-_LINGER_S = 1.0
+# Refused clients that may still be told why at a time; beyond that they are only hung up on.
 _MAX_REFUSED = 64
-_LOW_WATER_BYTES = 64 * 1024
-
-
-class Peer:
-    """A client as the handlers see it. `uid`, `gid` and `pid` are the kernel's word.
-
-    Answers to a peer that has gone are dropped, so nobody has to look first.
-    """
-
-    __slots__ = ("_link", "gid", "id", "pid", "uid")
-
-    def __init__(self, number: int, credentials: tuple[int, int, int], link: _Link) -> None:
-        self.id = number
-        self.pid, self.uid, self.gid = credentials
-        self._link = link
-
-    @property
-    def closed(self) -> bool:
-        """True once it is gone or being sent away."""
-        return self._link.connection.closed
-
-    @property
-    def pending_output(self) -> int:
-        """Bytes that wait to be read by it."""
-        return self._link.connection.output_bytes
-
-    def reply(self, request_id: int, result: Mapping[str, Any]) -> None:
-        """Answer an open request; values of `result` may be `frames.Raw`. A subscription stays open after this."""
-        self._link.connection.reply(request_id, result)
-
-    def fail(self, request_id: int, error: WhisperdError) -> None:
-        """Answer an open request with an error."""
-        self._link.connection.fail(request_id, error)
-
-    def push(self, request_id: int, event: Mapping[str, Any], *, skippable: bool = False) -> bool:
-        """Send an event (`{"event": ..., ...}`) of an open subscription; return whether it was queued.
-
-        Skippable ones are dropped while other output waits. Whoever lets `max_output_bytes` of events lie is cut off.
-        """
-        return self._link.connection.push(request_id, event, skippable=skippable)
-
-    def finish(self, request_id: int) -> None:
-        """End a subscription: it no longer counts as an open request."""
-        self._link.connection.finish(request_id)
-
-    def on_drained(self, fn: Callable[[], object]) -> None:
-        """Call `fn` once, soon, when little output waits: for a long list that is loaded piece by piece."""
-        self._link.on_drained(fn)
-
-
-class _State(Enum):
-    OPEN = "open"
-    FLUSHING = "flushing"  # nothing is read any more; what is queued is sent
-    LINGERING = "lingering"  # all is sent and said; what still comes is thrown away
-    CLOSED = "closed"
 
 
 class Server:
@@ -117,13 +51,13 @@ class Server:
     ) -> None:
         self.loop = loop
         self.config = config
-        self.dispatch = dispatch
-        self.peer_closed = closed
+        self._dispatch = dispatch
+        self._peer_closed = closed
         self._unlimited = unlimited
         self._listener: Listener | None = listener or open_listener(config)
         self._rearm: Timer | None = None
-        self._links: set[_Link] = set()
-        self._refused: set[_Link] = set()
+        self._links: set[Link] = set()
+        self._refused: set[Link] = set()
         self._per_user: Counter[int] = Counter()
         self._last_id = 0
         self._all_closed: Callable[[], object] | None = None
@@ -198,7 +132,16 @@ class Server:
         if refusal is not None and len(self._refused) >= _MAX_REFUSED:
             sock.close()
             return
-        link = _Link(self, sock, self._last_id, credentials)
+        link = Link(
+            self.loop,
+            self.config,
+            sock,
+            self._last_id,
+            credentials,
+            dispatch=self._dispatch,
+            gone=self._gone,
+            closed=self._forget,
+        )
         if refusal is None:
             self._links.add(link)
             self._per_user[uid] += 1
@@ -221,7 +164,12 @@ class Server:
             )
         return None
 
-    def _forget(self, link: _Link) -> None:
+    def _gone(self, link: Link) -> None:
+        if link in self._links:
+            # In a turn of its own: a handler that pushes to a list of peers must not see the list change.
+            self.loop.call_soon(lambda: self._peer_closed(link.peer))
+
+    def _forget(self, link: Link) -> None:
         self._refused.discard(link)
         if link in self._links:
             self._links.remove(link)
@@ -229,236 +177,3 @@ class Server:
             if not self._per_user[link.peer.uid]:
                 del self._per_user[link.peer.uid]
         self._maybe_all_closed()
-
-
-class _Link:
-    """A connection's socket, its place in the loop and its deadlines."""
-
-    def __init__(self, server: Server, sock: socket.socket, number: int, credentials: tuple[int, int, int]) -> None:
-        self._server, self._loop, self._config = server, server.loop, server.config
-        self._socket = sock
-        self._state = _State.OPEN
-        self.connection = Connection(
-            open_requests=self._config.open_requests,
-            max_output_bytes=self._config.max_output_bytes,
-            output=self._wake,
-        )
-        self.peer = Peer(number, credentials, self)
-        self._linger = False
-        self._scheduled = False
-        self._blocked = False  # the kernel takes no more for now
-        self._progress_at = 0.0
-        self._send_timer: Timer | None = None
-        self._frame_timer: Timer | None = None
-        self._frame_number = 0
-        self._drained: list[Callable[[], object]] = []
-        self._interest = READ
-        self._loop.register(sock, READ, self._on_ready)
-
-    # --- a turn ---
-
-    def _wake(self) -> None:
-        if not self._scheduled and self._state is not _State.CLOSED:
-            self._scheduled = True
-            self._loop.call_soon(self._run_scheduled)
-
-    def _run_scheduled(self) -> None:
-        self._scheduled = False
-        self._guarded(0)
-
-    def _on_ready(self, events: int) -> None:
-        self._guarded(events)
-
-    def _guarded(self, events: int) -> None:
-        """Take a turn; an error of our own ends this connection and no other."""
-        try:
-            self._turn(events)
-        except Exception:
-            log.exception("connection failed uid=%d", self.peer.uid)
-            self.abort("internal error")
-
-    def _turn(self, events: int) -> None:
-        if events & WRITE:
-            self._blocked = False
-        if events & READ:
-            self._read()
-        if self._state is _State.OPEN:
-            for _ in range(_REQUESTS_A_TURN):
-                if not self.connection.step(self._dispatch):
-                    break
-        self._flush()
-        self._settle()
-
-    def _dispatch(self, request: Request, descriptors: list[int]) -> None:
-        self._server.dispatch(self.peer, request, descriptors)
-
-    def _settle(self) -> None:
-        """Bring state, interest and timers in line with what the turn has left."""
-        if self.connection.overflowed:
-            self.abort(f"more than {self._config.max_output_bytes} bytes of events unread")
-        elif self.connection.broken and self._state is _State.OPEN:
-            self._linger = True
-            self.end()
-        if self._state is _State.FLUSHING and not self.connection.output_bytes:
-            self._all_sent()
-        if self._state is _State.CLOSED:
-            return
-        if self.connection.can_step:
-            self._wake()
-        reading = self._reads
-        interest = (READ if reading else 0) | (WRITE if self.connection.output_bytes else 0)
-        if interest != self._interest:
-            self._loop.modify(self._socket, interest)
-            self._interest = interest
-        self._watch_frame(reading)
-        self._watch_output()
-
-    @property
-    def _reads(self) -> bool:
-        return self._state is _State.LINGERING or (self._state is _State.OPEN and self.connection.wants_input)
-
-    # --- reading ---
-
-    def _read(self) -> None:
-        if not self._reads:
-            # Nothing was to be read, so this is a hang-up: both directions are closed. What came before it counts.
-            if not self._interest & READ and not self.connection.can_step:
-                self.abort("gone")
-            return
-        try:
-            if self._state is _State.LINGERING:
-                data = self._socket.recv(_READ_BYTES)  # a plain recv drops descriptors without a leak
-                fds: list[int] = []
-                flags = 0
-            else:
-                data, ancillary, flags, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-                fds = received_descriptors(ancillary)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.abort("gone")
-            return
-        if flags & socket.MSG_CTRUNC:
-            for fd in fds:
-                os.close(fd)
-            log.error("client dropped: its descriptors did not arrive whole uid=%d", self.peer.uid)
-            self.abort("descriptors lost")
-        elif self._state is _State.OPEN and data:
-            self.connection.receive(data, fds)
-        elif not data:
-            for fd in fds:
-                os.close(fd)
-            self._linger = False
-            self.end()
-            if self._state is _State.LINGERING:
-                self._close("gone")
-
-    def _watch_frame(self, reading: bool) -> None:
-        """Keep a deadline over a frame that has begun, as long as its rest is for the client to send."""
-        begun = reading and self._state is _State.OPEN and self.connection.mid_frame
-        if self._frame_timer is not None and not (begun and self._frame_number == self.connection.frames):
-            self._frame_timer.cancel()
-            self._frame_timer = None
-        if begun and self._frame_timer is None:
-            self._frame_number = self.connection.frames
-            self._frame_timer = self._loop.call_later(self._config.frame_timeout_s, self._frame_late)
-
-    def _frame_late(self) -> None:
-        self._frame_timer = None
-        limit_s = self._config.frame_timeout_s
-        self.refuse(WhisperdError(ErrorCode.BAD_FRAME, f"a frame was not complete after {limit_s:g} s"))
-
-    # --- writing ---
-
-    def _flush(self) -> None:
-        left = _WRITE_BYTES_A_TURN
-        while left > 0 and self.connection.output_bytes and not self._blocked and self._state is not _State.CLOSED:
-            buffers = self.connection.buffers(left)
-            try:
-                count = self._socket.sendmsg(buffers)
-            except (BlockingIOError, InterruptedError):
-                self._blocked = True
-                break
-            except OSError:
-                self.connection.drop_output()
-                self.abort("gone")
-                return
-            self.connection.sent(count)
-            self._progress_at = self._loop.time()
-            self._blocked = count < sum(map(len, buffers))
-            left -= count
-        if self._drained and self.connection.output_bytes <= _LOW_WATER_BYTES:
-            for fn in self._drained:
-                self._loop.call_soon(fn)
-            self._drained = []
-
-    def on_drained(self, fn: Callable[[], object]) -> None:
-        self._drained.append(fn)
-        self._wake()
-
-    def _watch_output(self) -> None:
-        """Keep a deadline over output that waits; every byte that is taken moves it."""
-        waits = self.connection.output_bytes > 0
-        if waits and self._send_timer is None:
-            self._progress_at = self._loop.time()
-            self._send_timer = self._loop.call_later(self._config.send_timeout_s, self._check_sending)
-        elif not waits and self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
-
-    def _check_sending(self) -> None:
-        self._send_timer = None
-        due = self._progress_at + self._config.send_timeout_s
-        if self._loop.time() >= due:
-            self.abort("reads nothing")
-        else:
-            self._send_timer = self._loop.call_at(due, self._check_sending)
-
-    # --- the end ---
-
-    def refuse(self, error: WhisperdError) -> None:
-        """Say why, then close."""
-        self.connection.refuse(error)
-        self._wake()
-
-    def end(self) -> None:
-        """Take no more requests, send what is queued, close."""
-        if self._state is _State.OPEN:
-            self._state = _State.FLUSHING
-            self._input_closed()
-            self._wake()
-
-    def _all_sent(self) -> None:
-        if not self._linger:
-            self._close("done")
-            return
-        self._state = _State.LINGERING
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-        self._loop.call_later(_LINGER_S, lambda: self._close("lingered"))
-
-    def abort(self, reason: str) -> None:
-        """Close without sending the rest."""
-        if self._state is _State.OPEN:
-            self._input_closed()
-        self._close(reason)
-
-    def _input_closed(self) -> None:
-        self.connection.close_input()
-        if self in self._server._links:
-            # In a turn of its own: a handler that pushes to a list of peers must not see the list change.
-            self._loop.call_soon(lambda: self._server.peer_closed(self.peer))
-
-    def _close(self, reason: str) -> None:
-        if self._state is _State.CLOSED:
-            return
-        log.debug("closed uid=%d pid=%d reason=%r", self.peer.uid, self.peer.pid, reason)
-        self._state = _State.CLOSED
-        for timer in (self._send_timer, self._frame_timer):
-            if timer is not None:
-                timer.cancel()
-        self._drained = []
-        self.connection.drop_output()
-        self._loop.unregister(self._socket)
-        self._socket.close()
-        self._server._forget(self)
