@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av.logging
 
-from whisperd.audio.limits import limit_cpu, limit_process
+from whisperd.audio.limits import limit_job, limit_process
 from whisperd.audio.pcm import SAMPLE_BYTES, SAMPLE_RATE, Resampler
 from whisperd.audio.recording import Recording, bad_audio
 from whisperd.audio.spoolfile import SpoolFile, storage_errors, sync_folder
@@ -29,19 +29,20 @@ def main() -> None:
     av.logging.set_level(None)
     link = start("decoder")
     settings = link.settings
-    spool, max_audio_s, cpu_s = Path(settings["spool"]), settings["max_audio_s"], settings["decode_cpu_s"]
-    # Twice what the longest recording takes: the cap below speaks first, and more clearly.
-    max_file_bytes = 2 * int(max_audio_s * SAMPLE_RATE) * SAMPLE_BYTES + 2**20
-    limit_process(memory_mb=settings["decode_memory_mb"], max_file_bytes=max_file_bytes)
+    spool, max_audio_s = Path(settings["spool"]), settings["max_audio_s"]
+    memory_mb, cpu_s = settings["decode_memory_mb"], settings["decode_cpu_s"]
+    # Twice what the longest recording takes: the cap on its length speaks first, and more clearly.
+    limit_process(max_file_bytes=2 * int(max_audio_s * SAMPLE_RATE) * SAMPLE_BYTES + 2**20)
 
     def perform(task: Task, order: Decode, descriptors: list[int]) -> Decoded:
         try:
-            audio_s, truncated = decode(
-                spool / order.folder, max_audio_s=max_audio_s, max_cpu_s=cpu_s, checkpoint=task.checkpoint
-            )
+            with limit_job(memory_mb=memory_mb, cpu_s=cpu_s):
+                audio_s, truncated = decode(
+                    spool / order.folder, max_audio_s=max_audio_s, max_cpu_s=cpu_s, checkpoint=task.checkpoint
+                )
         except MemoryError:
             raise bad_audio(
-                f"decoding needs more than {settings['decode_memory_mb']} MiB of memory (setting decode_memory_mb): "
+                f"decoding needs more than {memory_mb:g} MiB of memory (setting decode_memory_mb): "
                 "convert the recording to another format, or raise the setting"
             ) from None
         return Decoded(run=order.run, generation=order.generation, audio_s=audio_s, truncated=truncated)
@@ -57,7 +58,6 @@ def decode(
     `checkpoint(done_s, total_s)` is called between packets. Raises `WhisperdError`: `bad_audio`, `too_long`,
     `timed_out` (more than `max_cpu_s` of CPU time), `storage_full`, or what `checkpoint` raises; no output is left.
     """
-    limit_cpu(max_cpu_s)
     partial = folder / "audio.pcm.partial"
     try:
         with Recording(folder / "source") as recording, storage_errors(), SpoolFile(partial) as pcm:

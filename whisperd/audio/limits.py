@@ -6,38 +6,46 @@ import math
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MIB = 2**20
 # The decoder looks at its CPU time between packets. This much later the kernel ends a process that never got there.
 _BACKSTOP_S = 30
 
 
-def limit_process(*, memory_mb: int, max_file_bytes: int) -> None:
-    """Set the limits that hold for the whole life of the process: memory, size of files, no core dumps.
+def limit_process(*, max_file_bytes: int) -> None:
+    """Set the limits that hold for the whole life of the process: the size of files, no core dumps."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, _below(resource.RLIMIT_FSIZE, max_file_bytes))
+    # A core would hold somebody's recording.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    Memory is counted from here on: libraries, stacks and the allocator's reserves take 150 to 300 MiB of address space
-    before the first file is opened, and few of them are ever touched.
+
+@contextmanager
+def limit_job(*, memory_mb: float, cpu_s: float) -> Iterator[None]:
+    """Limit what one job may use beyond what the process has already.
+
+    Beyond `memory_mb` MiB more address space, allocations fail (`MemoryError`); the 120 to 300 MiB that libraries,
+    stacks and the allocator's reserves take, hardly any of it touched, do not count. Some 30 s after `cpu_s` more CPU
+    seconds the kernel ends the process (SIGXCPU). The kernel counts both from the start of a process that does many
+    jobs, so the soft limits move with each.
     """
     with open("/proc/self/statm") as statm:
-        pages = int(statm.read().split()[0])
-    _lower(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + memory_mb * _MIB)
-    _lower(resource.RLIMIT_FSIZE, max_file_bytes)
-    # A core would hold somebody's recording.
-    _lower(resource.RLIMIT_CORE, 0)
+        used_bytes = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    cpu_end_s = math.ceil(time.process_time() + cpu_s) + _BACKSTOP_S
+    limits = {resource.RLIMIT_AS: used_bytes + int(memory_mb * _MIB), resource.RLIMIT_CPU: cpu_end_s}
+    before = {what: resource.getrlimit(what) for what in limits}
+    for what, soft in limits.items():
+        resource.setrlimit(what, (_below(what, soft)[0], before[what][1]))
+    try:
+        yield
+    finally:
+        # The answer that memory has run out needs some itself.
+        for what, both in before.items():
+            resource.setrlimit(what, both)
 
 
-def limit_cpu(cpu_s: float) -> None:
-    """Let the kernel end this process (SIGXCPU) a while after it has used `cpu_s` more CPU seconds.
-
-    RLIMIT_CPU counts from the start of a process that does many jobs: each job raises the soft limit for itself.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(time.process_time() + cpu_s) + _BACKSTOP_S
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
-def _lower(what: int, value: int) -> None:
+def _below(what: int, value: int) -> tuple[int, int]:
     _, hard = resource.getrlimit(what)
-    if hard != resource.RLIM_INFINITY:
-        value = min(value, hard)
-    resource.setrlimit(what, (value, value))
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    return value, value

@@ -9,6 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+
+# PyAV loads these when a file first needs them; under the limit on memory a library can no longer be mapped.
+import av.subtitles.stream
+import av.video.stream
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
@@ -25,8 +29,8 @@ _FORMATS_THAT_REFER = frozenset(
     "ffmetadata alsa fbdev kmsgrab oss pulse sndio v4l2 video4linux2 x11grab xcbgrab jack".split()
 )
 _FORMATS = ",".join(sorted({name for names in av.formats_available for name in names.split(",")} - _FORMATS_THAT_REFER))
-# Their headers give the audio's length, so that an earlier end is seen. (Others' durations are guesses by bit rate.)
-_FORMATS_WITH_LENGTH = frozenset({"mov", "matroska", "flac", "aiff", "caf", "mp3"})
+# Their headers (Ogg: the last page) give the audio's length, so that an earlier end is seen. Others' are guesses.
+_FORMATS_WITH_LENGTH = frozenset({"mov", "matroska", "flac", "aiff", "caf", "mp3", "ogg"})
 # An end this much before the promised one is an early end: less is rounding, priming and padding.
 _EARLY_END_S = 0.5
 # A hole between two packets. Phones and browsers leave up to 0.4 s out where nobody speaks; FLAC counts its samples.
