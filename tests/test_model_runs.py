@@ -1,0 +1,296 @@
+"""Runs on real weights say exactly what openai-whisper says about the same samples, to the last bit of every number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whisper
+
+from tests import models
+from tests.support import requires_program, speak, word_error_rate
+from whisperd.model import substitutes
+from whisperd.model.engine import Engine
+from whisperd.model.loading import LoadedModel, load
+from whisperd.model.run import Run, check_options
+from whisperd.model.transcript import WORST_LOGPROB, Transcript, segment_of
+from whisperd.model.worker import Worker
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.helper_messages import HelperMessage, Progress, Segments, Transcribe
+from whisperd.protocol.options import DEFAULTS, parse_options
+
+pytestmark = requires_program("flite")
+
+# Two windows of speech, and a third that is short.
+TEXT = """
+Permission is granted to any person who obtains a copy of this work to use it without any restriction. The notice above
+shall be included in all copies. Every morning the old man walked down to the river, sat on the same wooden bench, and
+counted the boats that went by. On a good day there were more than thirty of them. In the evening he wrote the number
+into a small black book, and then he went home to his wife. The children of the village thought that he was waiting for
+someone. Nobody ever asked him, and so nobody ever knew. The work is provided as it is, with no warranty of any kind.
+"""
+
+
+class Bench:
+    """A loaded model with its workers; makes runs of recordings in one spool folder."""
+
+    def __init__(self, model: LoadedModel, spool: Path) -> None:
+        self.model = model
+        self.on_step: Callable[[], None] = lambda: None
+        self.engine = Engine(model, on_step=lambda: self.on_step())
+        self.spool = spool
+        self._mel_worker = Worker("mel")
+
+    def run(self, folder: str = "speech", **options: Any) -> tuple[Run, list[HelperMessage]]:
+        """Return a run that has not begun, and the list in which what it sends will be."""
+        sent: list[HelperMessage] = []
+        order = Transcribe(
+            run=1, generation=1, folder=folder, options=parse_options(options), interactive=False, truncated=False
+        )
+        run = Run(
+            order,
+            spool=self.spool,
+            engine=self.engine,
+            mel_worker=self._mel_worker,
+            send=sent.append,
+            on_step=lambda: None,
+        )
+        return run, sent
+
+    def upstream(self, folder: str = "speech", **options: Any) -> dict[str, Any]:
+        """Return what `whisper.transcribe` gives for the real model and the same samples."""
+        parsed = parse_options(options)
+        pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
+        arguments = parsed | {"temperature": tuple(parsed["temperature"]), "fp16": False}
+        result: dict[str, Any] = whisper.transcribe(self.model.whisper, pcm, **arguments)
+        return result
+
+    def hooks(self) -> int:
+        """Return how many hooks are left on the decoder."""
+        return sum(len(module._forward_hooks) for module in self.model.whisper.decoder.modules())
+
+
+@pytest.fixture(scope="module")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a spool with `speech` (half a minute and more), `short` (a few seconds) and `nothing` (no samples)."""
+    spool = tmp_path_factory.mktemp("spool")
+    speech = speak(TEXT, spool / "speech.wav").read_bytes()[44:]
+    for folder, pcm in (("speech", speech), ("short", speech[: 2 * 16_000 * 5]), ("nothing", b"")):
+        (spool / folder).mkdir()
+        (spool / folder / "audio.pcm").write_bytes(pcm)
+    return spool
+
+
+@pytest.fixture(scope="module")
+def tiny(spool: Path) -> Iterator[Bench]:
+    yield from open_bench("demo", spool)
+
+
+@pytest.fixture(scope="module")
+def base(spool: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    yield from open_bench(str(models.base_folder(tmp_path_factory.mktemp("models"))), spool)
+
+
+def open_bench(setting: str, spool: Path) -> Iterator[Bench]:
+    # The engine's thread and the test's must add up in the same order for results that are equal to the last bit.
+    torch.set_num_threads(1)
+    substitutes.install()
+    model = load(setting, cache_dir=spool, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    yield Bench(model, spool)
+
+
+def plain(upstream: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return upstream's segments with plain numbers, without the key that the contract does not have."""
+
+    def number(value: Any) -> Any:
+        return float(value) if isinstance(value, float) else value
+
+    return [
+        {
+            key: [{name: number(part) for name, part in word.items()} for word in value]
+            if key == "words"
+            else number(value)
+            for key, value in segment.items()
+            if key != "seek"
+        }
+        for segment in upstream["segments"]
+    ]
+
+
+def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dict[str, Any], *, words: bool) -> None:
+    wire = transcript.to_wire()
+    wanted = plain(upstream)
+    if not words:
+        # Upstream gives an empty list of words to segments without text, whatever was asked for.
+        wanted = [{key: value for key, value in segment.items() if key != "words"} for segment in wanted]
+    assert wire["segments"] == wanted
+    assert (wire["text"], wire["language"]) == (upstream["text"], upstream["language"])
+    live = [segment for message in sent if isinstance(message, Segments) for segment in message.segments]
+    assert live == wire["segments"]
+    progress = [message for message in sent if isinstance(message, Progress)]
+    assert [message.done for message in progress] == sorted({message.done for message in progress})
+    assert progress[-1].done == progress[-1].total == transcript.duration_s
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"word_timestamps": True, "initial_prompt": "A notice about a work."},
+        {"clip_timestamps": [2, 9.5, 20, 26]},
+        {"clip_timestamps": "0,8", "beam_size": 2, "temperature": 0},
+        {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "condition_on_previous_text": False},
+    ],
+    ids=["plain", "words", "clips", "beams", "silence"],
+)
+def test_tiny_en_says_what_upstream_says(tiny: Bench, options: dict[str, Any]) -> None:
+    run, sent = tiny.run(**options)
+    check_equal(run.transcribe(), sent, tiny.upstream(**options), words=options.get("word_timestamps", False))
+    assert tiny.hooks() == 0
+
+
+def test_the_words_are_those_that_were_spoken(tiny: Bench) -> None:
+    run, _ = tiny.run()
+    transcript = run.transcribe()
+    assert word_error_rate(TEXT, transcript.text) < 0.15
+    assert transcript.model == "demo"
+    assert not transcript.truncated
+    assert transcript.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
+
+
+@pytest.mark.parametrize("folder", ["short", "nothing"])
+def test_short_audio_and_none_at_all(base: Bench, folder: str) -> None:
+    run, sent = base.run(folder)
+    transcript, upstream = run.transcribe(), base.upstream(folder)
+    if folder == "short":
+        assert transcript.segments
+        check_equal(transcript, sent, upstream, words=False)
+    else:
+        assert (transcript.segments, transcript.text, sent) == ([], "", [])
+        assert transcript.language == upstream["language"]
+
+
+def test_base_detects_the_language_and_times_words_as_upstream_does(base: Bench) -> None:
+    run, sent = base.run(word_timestamps=True)
+    transcript = run.transcribe()
+    assert transcript.language == "en"
+    check_equal(transcript, sent, base.upstream(word_timestamps=True), words=True)
+
+
+def test_a_language_and_a_task_reach_the_model(base: Bench) -> None:
+    run, sent = base.run("short", language="german", task="translate")
+    upstream = base.upstream("short", language="german", task="translate")
+    check_equal(run.transcribe(), sent, upstream, words=False)
+    assert upstream["language"] == "de"
+
+
+def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
+    options = [{"word_timestamps": True}, {"clip_timestamps": [10], "word_timestamps": True}]
+    runs = [tiny.run(**each) for each in options]
+    transcripts: dict[int, Transcript] = {}
+    threads = [
+        threading.Thread(target=lambda n=n, run=run: transcripts.update({n: run.transcribe()}))
+        for n, (run, _) in enumerate(runs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for n, each in enumerate(options):
+        check_equal(transcripts[n], runs[n][1], tiny.upstream(**each), words=True)
+
+
+# --- cancelling ---
+
+
+@pytest.mark.parametrize("where", ["while encoding", "while decoding", "while aligning"])
+def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
+    run, sent = tiny.run(word_timestamps=True)
+    counters = tiny.engine.counters
+    windows, tokens = counters.windows, counters.tokens
+
+    def cancel() -> None:
+        decoded = {
+            "while encoding": True,
+            "while decoding": counters.tokens >= tokens + 5,
+            "while aligning": counters.windows > windows,
+        }
+        run.turn.cancelled = run.turn.cancelled or decoded[where]
+
+    tiny.on_step = cancel
+    try:
+        with pytest.raises(WhisperdError) as raised:
+            run.transcribe()
+    finally:
+        tiny.on_step = lambda: None
+    assert raised.value.code == "cancelled"
+    assert counters.windows == windows + (where == "while aligning")
+    assert counters.tokens - tokens <= (0 if where == "while encoding" else 448)
+    assert not any(isinstance(message, Segments) for message in sent)
+    assert tiny.hooks() == 0
+    assert whisper.model.MultiHeadAttention.use_sdpa
+    again, sent = tiny.run("short", word_timestamps=True)
+    check_equal(again.transcribe(), sent, tiny.upstream("short", word_timestamps=True), words=True)
+
+
+# --- options that upstream cannot stand, or this model ---
+
+
+@pytest.mark.parametrize("clips", [[100], [100, 200], [4.9, 1e6], [0, 100]])
+def test_clips_beyond_the_end_end(tiny: Bench, clips: list[float]) -> None:
+    run, sent = tiny.run("short", clip_timestamps=clips)
+    transcript = run.transcribe()
+    if clips[0] >= 100:
+        assert (transcript.text, transcript.segments) == ("", [])
+    if clips == [0, 100]:
+        check_equal(transcript, sent, tiny.upstream("short"), words=False)
+
+
+def test_a_run_that_does_not_move_on_is_failed(tiny: Bench) -> None:
+    # The same clip three times is what a loop looks like from outside.
+    run, _ = tiny.run("short", clip_timestamps=[0, 1, 0, 1, 0, 1, 0, 1])
+    with pytest.raises(WhisperdError, match="does not get past second 0") as raised:
+        run.transcribe()
+    assert raised.value.code == "internal"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"language": "de"}, "knows English only, not German"),
+        ({"task": "translate"}, "cannot translate: it knows English only"),
+        ({"suppress_tokens": "1,60000"}, "60000 is beyond the vocabulary"),
+    ],
+)
+def test_what_tiny_en_cannot_do(tiny: Bench, options: dict[str, Any], words: str) -> None:
+    run, _ = tiny.run(**options)
+    with pytest.raises(WhisperdError, match=words) as raised:
+        run.transcribe()
+    assert raised.value.code == "bad_request"
+
+
+def test_what_base_cannot_do(base: Bench) -> None:
+    with pytest.raises(WhisperdError, match="does not know Cantonese"):
+        check_options(parse_options({"language": "yue"}), base.model)
+    for options in ({}, {"language": "de", "task": "translate"}, {"suppress_tokens": "51864"}):
+        check_options(parse_options(options), base.model)
+
+
+def test_numbers_that_are_none_become_the_worst() -> None:
+    values = {"id": 0, "start": 0.0, "end": np.float64(1.5), "text": "", "tokens": [], "temperature": 0.0}
+    values |= {"avg_logprob": float("nan"), "compression_ratio": 1.0, "no_speech_prob": float("nan")}
+    segment = segment_of(values, words=False)
+    assert (segment.avg_logprob, segment.no_speech_prob, type(segment.end)) == (WORST_LOGPROB, 0.0, float)
+    assert "words" not in segment.to_wire()
+
+
+def test_the_defaults_are_those_of_the_function() -> None:
+    keywords = whisper.transcribe.__kwdefaults__
+    for name, value in DEFAULTS.items():
+        if name in keywords:
+            assert keywords[name] == (tuple(value) if isinstance(value, list) else value), name

@@ -1,0 +1,78 @@
+"""The worker: one piece at a time, interactive runs first, and a cancelled run waits for nothing."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.support import wait_until
+from whisperd.model.worker import Turn, Worker
+from whisperd.protocol.errors import WhisperdError
+
+
+class Held:
+    """Keeps a worker busy until it is let go."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._let_go = threading.Event()
+        self.began = threading.Event()
+        self._thread = start(lambda: worker.call(Turn(), self._wait))
+        assert self.began.wait(10)
+
+    def _wait(self) -> None:
+        self.began.set()
+        assert self._let_go.wait(30)
+
+    def release(self) -> None:
+        self._let_go.set()
+        self._thread.join(10)
+
+
+def start(work: object) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)  # type: ignore[arg-type]
+    thread.start()
+    return thread
+
+
+def test_results_and_errors_come_back_to_the_caller() -> None:
+    worker = Worker("test")
+    assert worker.call(Turn(), lambda: 42) == 42
+    with pytest.raises(ZeroDivisionError):
+        worker.call(Turn(), lambda: 1 / 0)
+    assert worker.call(Turn(), lambda: "still serving") == "still serving"
+
+
+def test_interactive_runs_come_before_those_that_came_earlier() -> None:
+    worker, order = Worker("test"), []
+    held = Held(worker)
+    threads = []
+    promoted = Turn()
+    turns = [("first", Turn()), ("second", Turn()), ("promoted", promoted), ("interactive", Turn(interactive=True))]
+    for number, (name, turn) in enumerate(turns, 1):
+        threads.append(start(lambda name=name, turn=turn: worker.call(turn, lambda: order.append(name))))
+        wait_until(lambda number=number: len(worker._waiting) == number)
+    promoted.interactive = True  # a priority that changes counts for what waits already
+    held.release()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["promoted", "interactive", "first", "second"]
+
+
+def test_a_cancelled_run_does_not_wait_for_its_turn() -> None:
+    worker, turn, raised = Worker("test"), Turn(), []
+    held = Held(worker)
+
+    def wait() -> None:
+        try:
+            worker.call(turn, lambda: None)
+        except WhisperdError as error:
+            raised.append(error.code)
+
+    waiting = start(wait)
+    wait_until(lambda: len(worker._waiting) == 1)
+    turn.cancelled = True
+    worker.wake()
+    waiting.join(10)
+    assert raised == ["cancelled"]
+    held.release()
