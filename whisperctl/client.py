@@ -146,7 +146,7 @@ class Client:
             try:
                 reply = self._link.call("result", {"job": job_id, "wait_s": wait_s}, waits=wait, timeout_s=limit_s)
             except TimeoutError:
-                raise _not_in_time(job_id, timeout_s) from None
+                raise _not_in_time(job_id) from None
             result = _read_result(reply)
             if result.job.ended:
                 self._release(job_id)
@@ -154,7 +154,7 @@ class Client:
             if not wait:
                 return result
             if deadline is not None and time.monotonic() >= deadline:
-                raise _not_in_time(job_id, timeout_s)
+                raise _not_in_time(job_id)
 
     def follow(self, job_id: int, after_seq: int = 0, *, timeout_s: float | None = None) -> Iterator[Event]:
         """Yield a job's events, from its first or after `after_seq`, until its `end`; across restarts of the daemon.
@@ -179,7 +179,7 @@ class Client:
                 if event.kind == "end":
                     return
         except TimeoutError:
-            raise _not_in_time(job_id, timeout_s) from None
+            raise _not_in_time(job_id) from None
 
     def job(self, job_id: int) -> Job:
         """Return one job. Raises `NotFound`."""
@@ -320,8 +320,8 @@ def _read_result(reply: Mapping[str, Any]) -> Result:
     )
 
 
-def _not_in_time(job_id: int, timeout_s: float | None) -> JobTimeout:
+def _not_in_time(job_id: int) -> JobTimeout:
     return JobTimeout(
-        f"job {job_id} had not ended after {timeout_s:g} s and goes on; ask again with 'whisperctl result {job_id}'",
+        f"job {job_id} has not ended in the time given and goes on; ask again with 'whisperctl result {job_id}'",
         job_id=job_id,
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from whisperctl.arguments import Argument, source_stem
 from whisperctl.connection import seconds_left
-from whisperctl.errors import DaemonUnreachable, error_of
+from whisperctl.errors import DaemonUnreachable, SourceUnreadable, error_of
 from whisperctl.exits import Exit, exit_code, exit_of_state
 from whisperctl.options import Shell
 from whisperctl.output import Output
@@ -116,7 +116,8 @@ def _submit(
                 shell.client, priority=priority, attached=attached, fresh=request.fresh, **request.options
             )
         except WhisperdError as error:
-            shell.screen.error(str(error) if len(arguments) == 1 else f"{argument.label}: {error}")
+            alone = len(arguments) == 1 or isinstance(error, SourceUnreadable)  # that one names the source itself
+            shell.screen.error(str(error) if alone else f"{argument.label}: {error}")
             worst = max(worst, exit_code(error))
             if isinstance(error, DaemonUnreachable):
                 if left := len(arguments) - place:
