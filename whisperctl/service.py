@@ -1,0 +1,157 @@
+"""`health`, `stats`, `pause`, `resume`, `model`: the daemon itself; and the shell's completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from whisperctl.exits import Exit
+from whisperctl.options import Shell, common_options, json_option
+from whisperctl.words import duration, number, paint, safe, to_json
+
+WATCH_S = 2.0
+_HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
+
+
+@click.command()
+@json_option
+@common_options
+@click.pass_obj
+def health(shell: Shell, as_json: bool) -> int:
+    """Tell how the daemon is: exit 0 when it is ready or paused, else 3."""
+    answer = shell.link.call("health", {}, patient=False)
+    screen = shell.screen
+    for line in [to_json(answer)] if as_json else health_lines(answer, colours=screen.colours):
+        screen.data(line)
+    return Exit.DONE if answer.get("status") in ("ready", "paused") else Exit.UNREACHABLE
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it again every two seconds, until Ctrl-C.")
+@json_option
+@common_options
+@click.pass_obj
+def stats(shell: Shell, watch: bool, as_json: bool) -> int:
+    """Tell what the daemon has done and is doing, in numbers."""
+    import time
+
+    from whisperctl.render import stats_lines
+
+    screen = shell.screen
+    while True:
+        answer = shell.client.stats()
+        if watch and screen.is_terminal and not as_json:
+            click.clear()
+        for line in [to_json(answer)] if as_json else stats_lines(answer, colours=screen.colours):
+            screen.data(line)
+        if not watch:
+            return Exit.DONE
+        if not as_json and not screen.is_terminal:
+            screen.data("")
+        time.sleep(WATCH_S)  # the numbers have no event that says when to look again
+
+
+@click.command()
+@click.option("--free-gpu", is_flag=True, help="Give the device's memory back; running work waits, too.")
+@common_options
+@click.pass_obj
+def pause(shell: Shell, free_gpu: bool) -> int:
+    """Let new work wait (for admins); jobs are accepted as ever."""
+    shell.screen.note(f"whisperd is {shell.client.pause(free_gpu=free_gpu)}")
+    return Exit.DONE
+
+
+@click.command()
+@common_options
+@click.pass_obj
+def resume(shell: Shell) -> int:
+    """Go on after a pause (for admins)."""
+    shell.screen.note(f"whisperd is {shell.client.resume()}")
+    return Exit.DONE
+
+
+@click.command()
+@click.argument("action", type=click.Choice(("load", "unload")))
+@json_option
+@common_options
+@click.pass_obj
+def model(shell: Shell, action: str, as_json: bool) -> int:
+    """Load the model, or unload it until it is loaded again (for admins).
+
+    Unloading gives all memory of the device back; running work returns to the queue.
+    """
+    answer = shell.client.model(action)
+    if as_json:
+        shell.screen.data(to_json(answer))
+    elif action == "load" and answer.get("state") != "ready":
+        shell.screen.note(
+            f"model {safe(answer.get('name', ''))} is being loaded; 'whisperctl health' tells when it is ready"
+        )
+    else:
+        shell.screen.note(model_words(answer))
+    return Exit.DONE
+
+
+@click.command()
+@click.argument("shell_name", metavar="SHELL", type=click.Choice(("bash", "zsh", "fish")))
+@click.pass_context
+def completion(context: click.Context, shell_name: str) -> int:
+    """Print the completion script for bash, zsh or fish.
+
+    For bash: whisperctl completion bash > ~/.local/share/bash-completion/completions/whisperctl
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell_name)
+    assert kind is not None, shell_name
+    root = context.find_root()
+    # The class's own `source` for bash asks the shell's version, which is nothing to ask of a shell not running here.
+    maker = kind(root.command, {}, "whisperctl", "_WHISPERCTL_COMPLETE")
+    context.ensure_object(Shell).screen.data(maker.source_template % maker.source_vars())
+    return Exit.DONE
+
+
+def show_status(shell: Shell) -> int:
+    """Show the daemon's health in a line, what runs and what waits (the command without a command)."""
+    screen, client = shell.screen, shell.client
+    answer = client.health()
+    for line in health_lines(answer, colours=screen.colours):
+        screen.data(line)
+    live = [job for state in ("running", "queued", "fetching", "pending") for job in client.jobs(state=state, limit=10)]
+    if live:
+        from whisperctl.render import job_table
+
+        screen.data("")
+        for line in job_table(live, colours=screen.colours, width=screen.columns):
+            screen.data(line)
+    return Exit.DONE if answer.get("status") in ("ready", "paused") else Exit.UNREACHABLE
+
+
+def model_words(model: Mapping[str, Any]) -> str:
+    """Return `model small on cuda:0 (float16)`, or what keeps it from that."""
+    name, state = safe(model.get("name", "?")), str(model.get("state", "?"))
+    if state == "ready":
+        dtype = f" ({safe(model['dtype'])})" if model.get("dtype") else ""
+        return f"model {name} on {safe(model.get('device', '?'))}{dtype}"
+    words = {"unloaded": "not loaded", "failed": "failed to load"}.get(state, safe(state))
+    return f"model {name} {words}"
+
+
+def health_lines(health: Mapping[str, Any], *, colours: bool) -> list[str]:
+    """Return the daemon's health: a line, and one for each problem."""
+    status = str(health.get("status", "?"))
+    queue = health.get("queue") or {}
+    parts = [
+        paint(safe(status), _HEALTH_COLOURS.get(status), colours=colours),
+        model_words(health.get("model") or {}),
+        f"{number(queue.get('depth'))} of {number(queue.get('capacity'))} waiting",
+        f"up {duration(health.get('uptime_s') or 0)}",
+        f"version {safe(health.get('version', '?'))}",
+    ]
+    problems = [safe(problem) for problem in health.get("problems") or []]
+    error = (health.get("model") or {}).get("error")
+    if error and not any(safe(error) in problem for problem in problems):
+        problems.append(safe(error))
+    return [" · ".join(parts), *(paint("problem: ", "red", colours=colours) + problem for problem in problems)]
