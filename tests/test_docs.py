@@ -137,3 +137,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     for name in re.findall(r"`((?:docs|tests|tools|bench|systemd|requirements|examples)/[\w./-]+)`", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_each_guarantee_names_a_test_that_is_there() -> None:
+    rows = [line for line in (ROOT / "docs/guarantees.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if "promise | held by" not in row]
+    assert promises
+    for row in promises:
+        named = re.search(r"`(tests/\w+\.py)::(test_\w+)` \|$", row)
+        assert named, row
+        assert f"def {named[2]}(" in (ROOT / named[1]).read_text(), row
