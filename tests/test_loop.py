@@ -51,6 +51,12 @@ def test_cancelled_timers_do_not_pile_up(loop: Loop) -> None:
     kept.cancel()
 
 
+def test_a_timer_that_is_decades_away_does_not_end_the_loop(loop: Loop) -> None:
+    loop.call_later(1e9, loop.stop)  # epoll refuses such a wait
+    threading.Timer(0.05, loop.call_soon_threadsafe, [loop.stop]).start()
+    loop.run()
+
+
 def test_a_clock_that_stands_still_does_not_hold_the_loop() -> None:
     loop = Loop(clock=lambda: 100.0)
     ours, theirs = socket.socketpair()

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 log = logging.getLogger("whisperd.loop")
 
 READ, WRITE = 1, 2  # the numbers of selectors.EVENT_READ and EVENT_WRITE
+# A client may ask for a wait of decades, and epoll takes no more than 24 days at once.
+_LONGEST_WAIT_S = 86_400.0
 
 
 class _HasFileno(Protocol):
@@ -182,7 +184,7 @@ class Loop:
         if self._soon or self._stopping:
             timeout_s = 0
         elif self._timers:
-            timeout_s = max(0.0, self._timers[0][0] - self._clock())
+            timeout_s = min(max(0.0, self._timers[0][0] - self._clock()), _LONGEST_WAIT_S)
         # epoll rounds up to milliseconds: it never returns just before a timer and spins.
         return self._epoll.poll(timeout_s)
 
