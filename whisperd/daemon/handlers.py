@@ -9,13 +9,12 @@ from typing import Any
 
 from whisperd import __version__
 from whisperd.daemon.house import House
-from whisperd.daemon.loop import Timer
 from whisperd.daemon.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.statistics import statistics
 from whisperd.daemon.store import Answer, not_found
 from whisperd.daemon.submitting import submit
-from whisperd.daemon.watchers import Subscription
+from whisperd.daemon.watchers import Subscription, Wait
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import Raw
@@ -112,17 +111,13 @@ def _handle_result(call: Call, params: Result) -> None:
     if live is None or params.wait_s == 0:
         _answer(call, params.job)
         return
-    timer: Timer | None = None
 
-    def wake() -> None:
-        if timer is not None:
-            timer.cancel()
+    def late() -> None:
         watchers.unwait(params.job, call.peer, call.id)
         _answer(call, params.job)
 
-    watchers.wait(params.job, call.peer, call.id, wake)
-    if params.wait_s is not None:
-        timer = call.house.loop.call_later(params.wait_s, wake)
+    timer = None if params.wait_s is None else call.house.loop.call_later(params.wait_s, late)
+    watchers.wait(params.job, call.peer, call.id, Wait(lambda: _answer(call, params.job), timer))
 
 
 def _answer(call: Call, job_id: int) -> None:
@@ -202,13 +197,21 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
     house = call.house
     subscription = Subscription(peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id)
 
+    def go_on(seq: int) -> None:
+        call.peer.on_drained(lambda: _push_events(call, job_id, seq))
+
     def then(events: list[Event]) -> None:
+        if call.peer.closed:
+            return
         for event in events:
             subscription.push(event)
+            if call.peer.pending_output > house.config.max_output_bytes // 2:
+                go_on(event.seq)  # a reader who keeps up is not to be cut off for the length of the past
+                return
         if events and events[-1].kind == "end":
             call.peer.finish(call.id)
         elif len(events) == _EVENT_PAGE:
-            call.peer.on_drained(lambda: _push_events(call, job_id, events[-1].seq))
+            go_on(events[-1].seq)
         elif job_id in house.board.jobs:
             house.watchers.subscribe(subscription)
         else:

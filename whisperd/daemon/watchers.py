@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from whisperd.daemon.loop import Timer
 from whisperd.daemon.rows import Event
 from whisperd.daemon.server import Peer
 
@@ -31,13 +32,26 @@ class Subscription:
         self.peer.push(self.request_id, wire, skippable=True)
 
 
+@dataclass(eq=False, slots=True)
+class Wait:
+    """An open `result` that waits: `answer` is called when its job ends or its time is over, whatever comes first."""
+
+    answer: Callable[[], None]
+    timer: Timer | None
+
+    def end(self) -> None:
+        """Wait no more. A time that may be decades away must not keep a client in memory who has gone."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class Watchers:
     """Waits and subscriptions by job, holders by job; `forget_peer` ends all that a gone peer had."""
 
     def __init__(self) -> None:
         self._subscriptions: defaultdict[int, list[Subscription]] = defaultdict(list)
         self._of_users: list[Subscription] = []
-        self._waits: defaultdict[int, dict[tuple[int, int], Callable[[], None]]] = defaultdict(dict)
+        self._waits: defaultdict[int, dict[tuple[int, int], Wait]] = defaultdict(dict)
         self._holders: defaultdict[int, set[int]] = defaultdict(set)
 
     # -- subscriptions -----------------------------------------------------------------------------------------
@@ -65,8 +79,9 @@ class Watchers:
             if event.kind == "end":
                 for subscription in self._subscriptions.pop(event.job_id, ()):
                     subscription.peer.finish(subscription.request_id)
-                for wake in list(self._waits.pop(event.job_id, {}).values()):
-                    wake()
+                for wait in self._waits.pop(event.job_id, {}).values():
+                    wait.end()
+                    wait.answer()
                 self._holders.pop(event.job_id, None)
 
     def publish_progress(self, job_id: int, payload: dict[str, Any]) -> None:
@@ -76,14 +91,15 @@ class Watchers:
 
     # -- waits -------------------------------------------------------------------------------------------------
 
-    def wait(self, job_id: int, peer: Peer, request_id: int, wake: Callable[[], None]) -> None:
-        """Call `wake` once when the job ends, unless `unwait` or the peer's end comes first."""
-        self._waits[job_id][peer.id, request_id] = wake
+    def wait(self, job_id: int, peer: Peer, request_id: int, wait: Wait) -> None:
+        """Answer once when the job ends, unless `unwait` or the peer's end comes first."""
+        self._waits[job_id][peer.id, request_id] = wait
 
     def unwait(self, job_id: int, peer: Peer, request_id: int) -> None:
         """Give up a wait."""
         waits = self._waits.get(job_id, {})
-        waits.pop((peer.id, request_id), None)
+        if (wait := waits.pop((peer.id, request_id), None)) is not None:
+            wait.end()
         if not waits:
             self._waits.pop(job_id, None)
 
