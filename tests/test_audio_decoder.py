@@ -300,10 +300,12 @@ def test_cpu_time_is_capped_a_job_and_not_a_process(tmp_path: Path, hour: Path, 
 
 
 def test_memory_is_capped(tmp_path: Path, make: Callable[[str], Path]) -> None:
-    with run_decoder(tmp_path / "spool", decode_memory_mb=0) as decoder:
-        answer = decoder.failed(make("film.mp4"))
+    one_packet = write_audio(tmp_path / "large.mkv", seconds=600)  # 19 MB, decoded 19 more
+    with run_decoder(tmp_path / "spool", decode_memory_mb=30) as decoder:
+        answer = decoder.failed(one_packet)
         assert answer.code == "bad_audio"
         assert "decode_memory_mb" in answer.message
+        decoder.decoded(make("mono.wav"))
 
 
 def test_a_full_disk_is_told_and_the_next_file_works(tmp_path: Path, make: Callable[[str], Path]) -> None:

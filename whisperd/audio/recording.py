@@ -114,6 +114,9 @@ class Recording:
                 yield self._decode(packet)
         except MemoryError:
             raise
+        except IndexError:
+            # PyAV 18 stumbles at the end where a stream appeared on the way (MPEG-TS): after our track is flushed.
+            pass
         except av.FFmpegError:
             self.damaged = True  # the container broke off; what was decoded until here stands
         if self.length_s is not None and self.position_s < self.length_s - _EARLY_END_S:
