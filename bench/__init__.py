@@ -1,0 +1,1 @@
+"""What whisperd costs, measured: `python -m bench` prints a table. No test measures time; here nothing is tested."""

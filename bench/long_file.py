@@ -1,0 +1,65 @@
+"""A recording of many hours: what the daemon, the decoder and the model's process grow by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from bench.daemon import peak_rss_mb, reset_peak, rss_mb, running_daemon
+from bench.recordings import write_hours
+from bench.report import Bench, Row
+
+GOAL_DAEMON_MB, GOAL_DECODER_MB = 20, 150
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    hours = bench.pick(10, 1)
+    file = write_hours(bench.folder / "hours.mka", hours)
+    with running_daemon(bench.folder / "d") as daemon, daemon.client() as client:
+        before_mb = rss_mb(daemon.pid)
+        (model,) = daemon.helpers("whisperd.model.main")
+        model_before_mb = rss_mb(model)
+        for pid in (daemon.pid, model):
+            reset_peak(pid)
+        started = time.monotonic()
+        job = client.submit(file)
+        accepted_s = time.monotonic() - started
+        daemon.wait_for_state(job, "running")
+        decoded_s = time.monotonic() - started
+        daemon.wait_for_words(job)
+        first_words_s = time.monotonic() - started
+        decoder_mb, copier_mb = (
+            max(map(peak_rss_mb, daemon.helpers(f"whisperd.audio.{role}"))) for role in ("decoder", "copier")
+        )
+        grown_mb = peak_rss_mb(daemon.pid) - before_mb
+        model_mb = peak_rss_mb(model)
+        pcm_mb = next((daemon.folder / "state").rglob("audio.pcm")).stat().st_size / 1e6
+        cancelling = time.monotonic()
+        client.call("cancel", job=job)
+        cancelled_s = time.monotonic() - cancelling
+    what = f"a file of {hours} h ({file.stat().st_size / 1e6:.0f} MB of AAC)"
+    yield Row(
+        what=f"{what}: the daemon grows by",
+        goal=f"under {GOAL_DAEMON_MB} MB",
+        measured=f"{grown_mb:.1f} MB at its peak",
+        met=grown_mb < GOAL_DAEMON_MB,
+        runs="1",
+    )
+    yield Row(
+        what="the decoder with it, at its peak",
+        goal=f"under {GOAL_DECODER_MB} MB",
+        measured=f"{decoder_mb:.0f} MB (copier {copier_mb:.0f} MB)",
+        met=decoder_mb < GOAL_DECODER_MB,
+        runs="1",
+    )
+    yield Row(
+        what="the model's process with it, up to the first words",
+        measured=f"{model_mb:.0f} MB at its peak, {model_mb - model_before_mb:.0f} MB more than before",
+        runs="1",
+    )
+    yield Row(
+        what="how long it takes",
+        measured=f"acknowledged after {accepted_s:.1f} s, decoded ({pcm_mb:.0f} MB on disk) after {decoded_s:.0f} s, "
+        f"first words after {first_words_s:.0f} s, cancel answered in {1000 * cancelled_s:.0f} ms",
+        runs="1",
+    )

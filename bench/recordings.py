@@ -1,0 +1,106 @@
+"""Recordings to measure with: noise of any size, speech of known text, and hours of sound without an hour's work."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.audio.stream import AudioStream
+
+import whisperd
+from bench.daemon import Failed
+
+SAMPLE = Path(whisperd.__file__).parent / "assets" / "sample.flac"
+TEXT = Path(__file__).with_name("text.txt")
+_BLOCK_BYTES = 2**20
+_AAC_RATE, _AAC_FRAME = 16000, 1024  # samples a second, samples a packet
+
+
+def write_noise(path: Path, size_bytes: int) -> Path:
+    """Write a WAV file (44.1 kHz, stereo) of noise. Its first MiB is unlike any other's and is repeated."""
+    block = os.urandom(min(_BLOCK_BYTES, size_bytes // 4 * 4))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(44100)
+        file.setnframes(size_bytes // 4)
+        left = size_bytes // 4 * 4
+        while left:
+            file.writeframesraw(block[:left])
+            left -= min(left, len(block))
+    return path
+
+
+def write_talk(path: Path, length_s: float) -> Path:
+    """Write the shipped sample, again and again, as a WAV file (16 kHz, mono) of at least `length_s`."""
+    sample = _sample_pcm()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        for _ in range(int(length_s * 32000 / len(sample)) + 1):
+            file.writeframesraw(sample)
+    return path
+
+
+def write_hours(path: Path, hours: int) -> Path:
+    """Write hours of speech as AAC in Matroska: the sample is encoded once, its packets are muxed many times."""
+    template, packets = _encode_aac()
+    with av.open(str(path), "w", format="matroska") as target:
+        stream = target.add_stream_from_template(template)
+        for number in range(hours * 3600 * _AAC_RATE // _AAC_FRAME):
+            packet = av.Packet(packets[number % len(packets)])
+            packet.stream = stream
+            packet.time_base = Fraction(1, _AAC_RATE)
+            packet.pts = packet.dts = number * _AAC_FRAME
+            packet.duration = _AAC_FRAME
+            target.mux(packet)
+    return path
+
+
+def speak(folder: Path) -> list[Path]:
+    """Speak the text of `text.txt` in three files: two of more than a minute, one of about three.
+
+    Raises `Failed` without flite.
+    """
+    if shutil.which("flite") is None:
+        raise Failed("needs the program flite (apt-get install flite)")
+    paths = []
+    for number, (text, voice) in enumerate(zip(TEXT.read_text().split("\n---\n"), ("slt", "rms", "slt"), strict=True)):
+        path = folder / f"speech-{number}.wav"
+        subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], check=True, capture_output=True)
+        paths.append(path)
+    return paths
+
+
+def length_s(path: Path) -> float:
+    """Return the length of a WAV file in seconds."""
+    with wave.open(str(path)) as file:
+        return float(file.getnframes() / file.getframerate())
+
+
+def _sample_pcm() -> bytes:
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=16000)
+    with av.open(str(SAMPLE)) as source:
+        frames = [frame for packet in source.decode(audio=0) for frame in resampler.resample(packet)]
+    return b"".join(bytes(frame.planes[0])[: 2 * frame.samples] for frame in frames)
+
+
+def _encode_aac() -> tuple[AudioStream, list[bytes]]:
+    """Return the stream that describes the sample's AAC packets, and the packets' bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as target, av.open(str(SAMPLE)) as source:
+        encoder = target.add_stream("aac", rate=_AAC_RATE, layout="mono")
+        for frame in source.decode(audio=0):
+            target.mux(encoder.encode(frame))
+        target.mux(encoder.encode(None))
+    buffer.seek(0)
+    encoded = av.open(buffer, "r")
+    packets = [bytes(packet) for packet in encoded.demux(audio=0) if packet.size]
+    return encoded.streams.audio[0], packets
