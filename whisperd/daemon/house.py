@@ -66,6 +66,7 @@ class House:
             lambda freed: self._pool("copier", config.copiers, config.copy_timeout_s, env, freed),
             self.ledger.spool,
             per_user=config.copies_per_user,
+            unlimited=self.is_admin,
         )
         self.decoding = DecodeLane(
             lambda freed: self._pool("decoder", config.decoders, config.decode_timeout_s, env, freed),
@@ -161,6 +162,16 @@ class House:
             if job.attached and not self.watchers.held(job.id):
                 self.cancel_unheld(job.id)
 
+    def hold(self, job_id: int, peer: Peer) -> None:
+        """Tie an attached job to a connection; if that is gone already, it has lost its holder."""
+        job = self.board.jobs.get(job_id)
+        if job is None or not job.attached:
+            return
+        if not peer.closed:
+            self.watchers.hold(job_id, peer)
+        elif not self.watchers.held(job_id):
+            self.cancel_unheld(job_id)
+
     def cancel_unheld(self, job_id: int) -> None:
         """Cancel a job that has lost its last holder."""
         log.info("job=%d nobody holds it any more", job_id)
@@ -189,11 +200,14 @@ class House:
         copies = self.copying.counts()
         return {priority: count + copies[priority] for priority, count in self.board.waiting_jobs().items()}
 
-    def admit(self, priority: Priority, size_bytes: int) -> None:
-        """Raise what refuses one more job: `stopping`, `storage_full` or `queue_full`."""
-        config = self.config
+    def refuse_when_stopping(self) -> None:
+        """Raise `stopping` once the daemon stops: nothing is begun any more."""
         if self.stopping:
-            raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: submit again when it is back")
+            raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: ask again when it is back")
+
+    def admit(self, priority: Priority, size_bytes: int) -> None:
+        """Raise what refuses one more job: `storage_full` or `queue_full`."""
+        config = self.config
         if self.free_bytes - size_bytes < config.min_free_bytes:
             raise WhisperdError(
                 ErrorCode.STORAGE_FULL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,8 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--cache-dir", metavar="DIR", help="Folder of models and compilers' caches.")
 @click.option("--model", metavar="NAME|PATH", help="A name such as small, a checkpoint, a CTranslate2 folder, or demo.")
 @click.option("--device", metavar="DEVICE", help="auto, cpu or cuda[:N].")
-@click.option("--threads", metavar="N", help="CPU threads of the model; 0 = all cores.")
-@click.option("--capacity", metavar="N", help="How many jobs may wait.")
+@click.option("--threads", metavar="N", type=int, help="CPU threads of the model; 0 = all cores.")
+@click.option("--capacity", metavar="N", type=int, help="How many jobs may wait.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 @click.option("--check", is_flag=True, help="Check the settings and exit.")
 @click.version_option(__version__, "-V", "--version", prog_name="whisperd")
@@ -67,6 +68,9 @@ def main(check: bool, **flags: Any) -> None:
 def serve(config: Config) -> int:
     """Run the daemon until it is told to stop; return its exit code."""
     os.umask(0o077)
+    # The soft limit, often 1,024, is kept low for programs that use select(2); the loop does not.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     locks = []
     try:
         for folder in (config.state_dir, config.cache_dir):

@@ -28,8 +28,6 @@ def submit(house: House, peer: Peer, params: Submit, descriptors: list[int], rep
 
     Takes the descriptor out of `descriptors` when it goes on to the copy lane.
     """
-    if house.stopping:
-        raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: submit again when it is back")
     if isinstance(params.source, UploadSource):
         raise bad_request("source: this version takes files as descriptors (kind 'fd'), not as an upload")
     if not isinstance(params.source, FileSource):
@@ -123,13 +121,17 @@ class _Submission:
         def then(row: Any) -> None:
             if row is not None and row["fingerprint"][: len(early)] != early:
                 self._give_up(key_conflict(key))
-            else:
-                self._admit_and_copy(known=row is not None)
+                return
+            if row is not None and self._params.attached:
+                # A holder that comes back holds its job from now on, not only once its file is copied again.
+                self._house.hold(row["job_id"], self._peer)
+            self._admit_and_copy(known=row is not None)
 
         self._house.ledger.read(lambda db, now: store.known_key(db, uid, key, now), then, self._give_up)
 
     def _admit_and_copy(self, *, known: bool) -> None:
         try:
+            self._house.refuse_when_stopping()
             if not known:
                 self._house.admit(self._params.priority, self._size_bytes)
             if self._peer.closed and not self._outlives_client:
@@ -185,12 +187,8 @@ class _Submission:
             job, run = about(change)
             if change.reused:
                 house.metrics.cache_hits += 1
-            if job.attached and params.attached and not job.state.ended:
-                if self._peer.closed:
-                    if not house.watchers.held(job.id):
-                        house.cancel_unheld(job.id)
-                else:
-                    house.watchers.hold(job.id, self._peer)
+            if params.attached:
+                house.hold(job.id, self._peer)
             self._reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
 
         def refused(error: WhisperdError) -> None:
