@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import wave
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.models import micro_checkpoint
-from tests.support import Daemon, RawClient, running_daemon
+from tests.support import Daemon, RawClient, requires_root, running_daemon, wait_until
 from whisperd.daemon.database import Database
 from whisperd.daemon.rows import NewJob, about
 from whisperd.daemon.store import Retention, Store
@@ -113,3 +115,123 @@ def job_of_the_past(state_dir: Path, segments: list[dict[str, Any]]) -> int:
     database.run(lambda db: store.finish(db, run.id, b"\x80", now))
     database.connection.close()
     return job.id
+
+
+# --- helpers ---
+
+
+def only(helpers: list[psutil.Process]) -> psutil.Process:
+    (helper,) = helpers
+    return helper
+
+
+def copier_of(daemon: Daemon) -> psutil.Process:
+    """Return the copier that was started ahead of the first copy."""
+    return only(wait_until(lambda: daemon.helpers("whisperd.audio.copier")))
+
+
+def test_a_copier_that_dies_costs_its_client_nothing(
+    shared: Daemon, client: RawClient, recording: Callable[..., Path]
+) -> None:
+    copier = copier_of(shared)
+    copier.suspend()
+    with recording().open("rb") as file:
+        source = {"kind": "fd", "name": "talk"}
+        number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+    wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
+    copier.kill()
+    assert client.reply(number)["result"]["job"]["state"] == "queued"
+
+
+def test_a_file_whose_reading_hangs_is_given_up(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, copy_timeout_s=1)
+    copier_of(daemon).suspend()
+    with daemon.client() as client:
+        assert error_of(lambda: submit(client, recording())) == "timed_out"
+        assert submit(client, recording())["state"] == "queued"
+
+
+@requires_root
+def test_one_user_may_not_take_all_copiers_but_an_admin_may(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, copiers=3, copies_per_user=1, socket_mode="0666")
+    for uid, copies in ((0, 2), (65534, 1)):
+        with client_of(daemon, uid) as client, recording().open("rb") as file:
+            # Every copier that there is stands still, so that each copy occupies one.
+            pending = []
+            for _ in range(2):
+                for copier in daemon.helpers("whisperd.audio.copier"):
+                    copier.suspend()
+                source = {"kind": "fd", "name": "talk"}
+                pending.append(client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS))
+                client.call("hello")
+            wait_until(lambda copies=copies: client.call("stats")["lanes"]["copy"]["active"] == copies)
+            assert client.call("stats")["lanes"]["copy"]["waiting"] == 2 - copies
+            for copier in daemon.helpers("whisperd.audio.copier"):
+                copier.resume()
+            for number in pending:
+                assert client.reply(number)["ok"]
+
+
+def client_of(daemon: Daemon, uid: int) -> RawClient:
+    """Connect as another user: the kernel tells the daemon who connected."""
+    daemon.folder.chmod(0o755)
+    os.seteuid(uid)
+    try:
+        return daemon.client()
+    finally:
+        os.seteuid(0)
+
+
+def test_helpers_that_do_not_start_fail_nobody(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = make_daemon(model=NO_MODEL, helper_backoff_s=0.1, helper_backoff_max_s=0.5)
+    broken = daemon.folder / "broken"
+    broken.mkdir()
+    (broken / "av.py").write_text("raise ImportError('an upgrade went wrong')\n")
+    clean = daemon.environment()
+    monkeypatch.setattr(daemon, "environment", lambda: clean | {"PYTHONPATH": str(broken)})
+    daemon.start()
+    with daemon.client() as client:
+        jobs = [submit(client, recording()) for _ in range(3)]
+        wait_until(lambda: any("decoder" in problem for problem in client.call("health")["problems"]))
+        wait_until(lambda: client.call("stats")["lanes"]["decode"]["failed"] > 4)
+        shutil.rmtree(broken)
+        for job in jobs:
+            wait_until(lambda job=job: client.call("result", job=job["id"])["job"]["audio_s"])
+        assert not any("decoder" in problem for problem in client.call("health")["problems"])
+
+
+# --- what the machine runs out of ---
+
+
+def test_descriptors_that_run_out_are_waited_for(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, helper_backoff_s=0.1, helper_backoff_max_s=0.5)
+    process = psutil.Process(daemon.pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard, "the limit is raised as far as it goes"
+    with daemon.client() as client:
+        submit(client, recording())
+        used = process.num_fds()
+        process.rlimit(psutil.RLIMIT_NOFILE, (used + 2, hard))
+        crowd = [daemon.client() for _ in range(8)]
+        wait_until(lambda: "cannot accept" in daemon.log())
+        assert client.call("health")["queue"]["depth"] == 1
+        for one in crowd:
+            one.close()
+        # One descriptor for what is submitted, none for a copy to a helper or for a helper to start.
+        wait_until(lambda: process.num_fds() == used)
+        process.rlimit(psutil.RLIMIT_NOFILE, (used + 1, hard))
+        with recording().open("rb") as file:
+            source = {"kind": "fd", "name": "talk"}
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+            wait_until(lambda: any("copier" in problem for problem in client.call("health")["problems"]))
+        process.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
+        assert client.reply(number)["ok"]
+        assert daemon.answers()

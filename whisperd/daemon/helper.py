@@ -57,7 +57,7 @@ class Helper:
 
     `on_message(helper, message)` gets every message but `HelperHello`; none comes after `kill` or `close`.
     `on_exit(helper, reason)` is called exactly once, when the process has ended and is reaped, or could not be started;
-    never from inside a call of this class.
+    never from inside a call of this class. Raises `OSError` when no descriptor is left for its socket.
     """
 
     def __init__(

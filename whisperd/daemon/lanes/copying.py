@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from whisperd.daemon.lanes.pool import Pool, Task
+from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.scheduler import Turns, Waiting, pick
 from whisperd.daemon.spool import Spool
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -17,6 +17,8 @@ from whisperd.protocol.helper_messages import Copied, CopyIn, Failed, HelperMess
 from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd.lanes")
+
+_MAX_LOSSES = 3  # helpers that a copy may lose
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -36,15 +38,24 @@ class Copy:
     refused: Callable[[WhisperdError], None]
     ticket: int = 0
     active: bool = False
+    losses: int = 0
 
 
 class CopyLane:
-    """Copies by priority and in turns, at most `per_user` of one user at a time."""
+    """Copies by priority and in turns, at most `per_user` at a time of one user who is not `unlimited`."""
 
-    def __init__(self, make_pool: Callable[[Callable[[], None]], Pool], spool: Spool, *, per_user: int) -> None:
+    def __init__(
+        self,
+        make_pool: Callable[[Callable[[], None]], Pool],
+        spool: Spool,
+        *,
+        per_user: int,
+        unlimited: Callable[[int], bool],
+    ) -> None:
         self.pool = make_pool(self.pump)
         self._spool = spool
         self._per_user = per_user
+        self._unlimited = unlimited
         self._turns = Turns()
         self._tickets = itertools.count(1)
         self._copies: dict[int, Copy] = {}
@@ -93,7 +104,11 @@ class CopyLane:
         """Start what may start."""
         while True:
             active = Counter(copy.uid for copy in self._copies.values() if copy.active)
-            ready = [c for c in self._copies.values() if not c.active and active[c.uid] < self._per_user]
+            ready = [
+                copy
+                for copy in self._copies.values()
+                if not copy.active and (active[copy.uid] < self._per_user or self._unlimited(copy.uid))
+            ]
             waiting = [Waiting(id=c.ticket, uid=c.uid, priority=c.priority, order=c.ticket) for c in ready]
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=self.pool.busy)
             if chosen is None:
@@ -111,7 +126,7 @@ class CopyLane:
                 message=CopyIn(run=copy.ticket, generation=1, folder=copy.folder),
                 descriptors=[copy.descriptor],
                 done=lambda message: self._answered(copy, message),
-                lost=lambda reason: self._refuse(copy, _lost(reason)),
+                lost=lambda loss: self._lost(copy, loss),
             )
         )
 
@@ -123,6 +138,18 @@ class CopyLane:
         elif isinstance(message, Failed):
             self._refuse(copy, WhisperdError(message.code, message.message))
 
+    def _lost(self, copy: Copy, loss: Loss) -> None:
+        """Copy anew, as the descriptor is still there; not a file whose reading hangs, nor one that kills copiers."""
+        copy.losses += 1
+        if loss.hung:
+            message = f"the file could not be read to its end ({loss.reason}): copy it to a local disk and submit that"
+            self._refuse(copy, WhisperdError(ErrorCode.TIMED_OUT, message))
+        elif copy.losses == _MAX_LOSSES:
+            message = f"{copy.losses} copiers ended at this file ({loss.reason}): the daemon's log says how"
+            self._refuse(copy, WhisperdError(ErrorCode.WORKER_CRASHED, message))
+        else:
+            copy.active = False  # the pool asks for work next
+
     def _refuse(self, copy: Copy, error: WhisperdError) -> None:
         if self._copies.pop(copy.ticket, None) is None:
             return
@@ -131,10 +158,3 @@ class CopyLane:
         os.close(copy.descriptor)
         self._spool.remove(copy.folder)
         copy.refused(error)
-
-
-def _lost(reason: str) -> WhisperdError:
-    return WhisperdError(
-        ErrorCode.BAD_AUDIO,
-        f"the file could not be read to its end ({reason}): copy it to a local disk and submit that",
-    )

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from whisperd.daemon.lanes.pool import Pool, Task
+from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.rows import Change
@@ -91,7 +91,7 @@ class DecodeLane:
                 message=Decode(run=run_id, generation=generation, folder=live.row.folder or ""),
                 progressed=lambda progress: self._progressed(run_id, progress),
                 done=lambda message: self._answered(run_id, message),
-                lost=lambda reason: self._lost(run_id),
+                lost=lambda loss: self._lost(run_id, loss),
             )
         )
 
@@ -118,10 +118,12 @@ class DecodeLane:
             error = WhisperdError(message.code, message.message)
             self._settle(run_id, lambda db, now: self._ledger.store.fail(db, run_id, error, now), "failed")
 
-    def _lost(self, run_id: int) -> None:
+    def _lost(self, run_id: int, loss: Loss) -> None:
         self.failed += 1
         self._settle(
-            run_id, lambda db, now: self._ledger.store.put_back(db, run_id, now, died=True), "waiting for decoding"
+            run_id,
+            lambda db, now: self._ledger.store.put_back(db, run_id, now, died=loss.began),
+            "waiting for decoding",
         )
 
     def _settle(self, run_id: int, call: Callable[..., Change], phase: str) -> None:

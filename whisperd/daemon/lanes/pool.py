@@ -19,11 +19,20 @@ log = logging.getLogger("whisperd.lanes")
 _MAX_FAILED_STARTS = 3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """How a task lost its helper. `began` is False where the helper never came up: that is not the task's fault."""
+
+    reason: str
+    began: bool
+    hung: bool  # it made no progress, and was killed for it
+
+
 @dataclass(slots=True, kw_only=True)
 class Task:
     """One piece of work for a pool. Exactly one of `done` and `lost` is called, in the end.
 
-    `done` gets the helper's answer (a cancelled task: `Failed` with `cancelled`), `lost` why the helper is gone.
+    `done` gets the helper's answer (a cancelled task: `Failed` with `cancelled`), `lost` how the helper went.
     """
 
     run: int
@@ -33,7 +42,7 @@ class Task:
     descriptors: Sequence[int] = ()
     progressed: Callable[[Progress], None] = lambda progress: None
     done: Callable[[HelperMessage], None]
-    lost: Callable[[str], None]
+    lost: Callable[[Loss], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +50,7 @@ class _Worker:
     helper: Helper
     task: Task | None = None
     cancelled: bool = False
+    hung: bool = False
     overdue: Timer | None = field(default=None)
 
 
@@ -74,8 +84,8 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """How many tasks can be worked on at once: none while helpers do not even start."""
-        return 0 if self.problem else self._size
+        """How many tasks can be worked on at once: none while helpers do not even start, or when all stops."""
+        return 0 if self.problem or self._stopping else self._size
 
     @property
     def busy(self) -> dict[Priority, int]:
@@ -98,12 +108,18 @@ class Pool:
 
     def run(self, task: Task) -> None:
         """Give a task to a free helper, or to a new one. The caller has seen a free place."""
-        worker = next((worker for worker in self._workers if worker.task is None), None)
-        if worker is None:
-            worker = self._spawn()
+        worker = next((worker for worker in self._workers if worker.task is None and worker.helper.alive), None)
+        try:
+            if worker is None:
+                worker = self._spawn()
+            worker.helper.send(task.message, task.descriptors)
+        except OSError as error:  # no descriptor is left
+            self._rest(f"it could not be given work: {error}")
+            loss = Loss(reason=str(error), began=False, hung=False)
+            self._loop.call_soon(lambda: task.lost(loss))
+            return
         worker.task, worker.cancelled = task, False
         self._expect_progress(worker)
-        worker.helper.send(task.message, task.descriptors)
 
     def cancel(self, run: int) -> None:
         """End the work on a run; its helper is replaced if it does not give up within the grace."""
@@ -142,8 +158,12 @@ class Pool:
         self._set_timer(worker, self._silent_s, f"made no progress for {self._silent_s:g} s")
 
     def _set_timer(self, worker: _Worker, delay_s: float, reason: str) -> None:
+        def late() -> None:
+            worker.hung = True
+            worker.helper.kill(reason)
+
         self._clear_timer(worker)
-        worker.overdue = self._loop.call_later(delay_s, lambda: worker.helper.kill(reason))
+        worker.overdue = self._loop.call_later(delay_s, late)
 
     def _clear_timer(self, worker: _Worker) -> None:
         if worker.overdue is not None:
@@ -181,21 +201,24 @@ class Pool:
             return
         self.failures += 1
         if not reason.ready:
-            self._failed_start(reason)
+            self._failed_start(reason.reason)
         task = worker.task
         if task is not None and worker.cancelled:
             task.done(Failed(run=task.run, generation=task.generation, code=ErrorCode.CANCELLED, message="cancelled"))
         elif task is not None:
             log.warning("helper lost role=%s run=%d reason=%s", self._role, task.run, reason.reason)
-            task.lost(reason.reason)
+            task.lost(Loss(reason=reason.reason, began=reason.ready, hung=worker.hung))
         self._freed()
 
-    def _failed_start(self, reason: ExitReason) -> None:
+    def _failed_start(self, reason: str) -> None:
         """Helpers that die before their first word would be started for ever: rest, then try one."""
         self._failed_starts += 1
-        if self._failed_starts < _MAX_FAILED_STARTS or self.problem:
-            return
-        self.problem = f"the {self._role} helper does not start ({reason.reason}); the log says more; trying again"
+        if self._failed_starts >= _MAX_FAILED_STARTS and not self.problem:
+            self._rest(f"it does not start ({reason})")
+
+    def _rest(self, reason: str) -> None:
+        self.problem = f"the {self._role} helper: {reason}; the log says more; trying again"
+        log.error("helpers rest role=%s reason=%s", self._role, reason)
         self._loop.call_later(self._config.helper_backoff_max_s, self._try_again)
 
     def _try_again(self) -> None:
