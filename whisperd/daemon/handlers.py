@@ -226,6 +226,7 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
 
 def _handle_model(call: Call, params: Model) -> None:
     _admins_only(call, "load or unload the model")
+    call.house.refuse_when_stopping()
     if params.action == "load":
         call.house.modelling.load()
     else:

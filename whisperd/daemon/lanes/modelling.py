@@ -120,9 +120,10 @@ class ModelLane:
         self._failed_loads = 0
         if self._helper is None:
             self._spawn()
-        elif self._status.state == "failed":
+        elif self._ending or self._status.state == "failed":
+            # `_on_exit` starts the next one.
             self._set_status(self._no_status("loading"))
-            self._end("loading again")  # `_on_exit` starts the next one
+            self._end("loading again")
 
     def unload(self) -> None:
         """End the helper, which gives all its memory back; running work returns to the queue."""
@@ -151,7 +152,18 @@ class ModelLane:
         self._last_beat, self._last_beat_at = -1, self._loop.time()
         config = self._config
         self._set_status(self._no_status("loading"))
-        self._helper = Helper(
+        try:
+            self._helper = helper = self._start_helper()
+        except OSError as error:  # no descriptor is left
+            self._start_again_later(f"could not be started: {error}", was_ready=False)
+            return
+        self._loading_overdue = self._loop.call_later(
+            config.model_load_timeout_s, lambda: helper.kill(f"did not load in {config.model_load_timeout_s:g} s")
+        )
+
+    def _start_helper(self) -> Helper:
+        config = self._config
+        return Helper(
             self._loop,
             role="model",
             module="whisperd.model.main",
@@ -170,10 +182,6 @@ class ModelLane:
             on_message=self._on_message,
             on_exit=self._on_exit,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
-        )
-        helper = self._helper
-        self._loading_overdue = self._loop.call_later(
-            config.model_load_timeout_s, lambda: helper.kill(f"did not load in {config.model_load_timeout_s:g} s")
         )
 
     def _no_status(self, state: str, error: str | None = None) -> ModelStatus:
@@ -224,9 +232,11 @@ class ModelLane:
     def _start(self, run_id: int, priority: Priority) -> None:
         self._open[run_id] = open_ = _Open(priority)
         self._ledger.board.served(run_id)
+        helper = self._helper
 
         def then(change: Change) -> None:
-            if not change.runs or self._helper is None or self._ending:
+            # A helper that has come meanwhile has not loaded the model, and may not be able to.
+            if not change.runs or helper is None or self._helper is not helper or self._ending:
                 self._give_back(run_id, died=False)
                 return
             row = change.runs[-1]
@@ -236,13 +246,14 @@ class ModelLane:
                 self._open.pop(run_id, None)
                 return
             live.phase, live.done, live.total = "transcribing", 0.0, row.audio_s or 0.0
-            self._helper.send(
+            open_.priority = self._ledger.board.priority(run_id)  # another job may have joined or left meanwhile
+            helper.send(
                 Transcribe(
                     run=run_id,
                     generation=row.starts,
                     folder=row.folder or "",
                     options=dict(row.options),
-                    interactive=priority is Priority.INTERACTIVE,
+                    interactive=open_.priority is Priority.INTERACTIVE,
                     truncated=row.truncated,
                 )
             )
@@ -396,15 +407,15 @@ class ModelLane:
         elif ours:
             self._spawn()
         else:
-            self._start_again_later(reason, was_ready=was_ready)
+            self._start_again_later(reason.reason, was_ready=was_ready)
 
-    def _start_again_later(self, reason: ExitReason, *, was_ready: bool) -> None:
+    def _start_again_later(self, reason: str, *, was_ready: bool) -> None:
         self._failed_loads = 0 if was_ready else self._failed_loads + 1
         if self._failed_loads >= _MAX_FAILED_LOADS:
             self._set_status(
                 self._no_status(
                     "failed",
-                    f"the model process ended {self._failed_loads} times while loading ({reason.reason}): see the "
+                    f"the model process ended {self._failed_loads} times while loading ({reason}): see the "
                     "daemon's log, free memory or choose a smaller model, then `whisperctl model load`",
                 )
             )
