@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 import wave
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,46 @@ def test_descriptors_that_run_out_are_waited_for(
         process.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
         assert client.reply(number)["ok"]
         assert daemon.answers()
+
+
+@requires_root
+def test_a_full_disk_delays_and_loses_nothing(
+    make_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = make_daemon(model=str(micro), min_free_bytes=0, log_level="warning")
+    with small_disk(daemon.state_dir, "24m"):
+        daemon.start(ready=True)
+        with daemon.client() as client:
+            job = submit(client, recording(100))
+            wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+            fill(daemon.state_dir / "fill")
+            assert error_of(lambda: submit(client, recording())) == "storage_full"
+            wait_until(lambda: client.call("result", job=job["id"])["job"]["progress"] == 1)
+            assert client.call("health")["status"] == "ready"
+            (daemon.state_dir / "fill").unlink()
+            transcript = client.result(job["id"])["transcript"]
+            assert transcript["segments"]
+            number = client.send("subscribe", job=job["id"])
+            assert client.reply(number)["ok"]
+            told = []
+            while (event := client.receive())["event"] != "end":
+                told += [event["segment"]] if event["event"] == "segment" else []
+            assert told == transcript["segments"]
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)

@@ -14,6 +14,7 @@ from typing import Any
 from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
 from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.lanes.recording import Recorder
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.rows import Change
@@ -43,9 +44,10 @@ class _Open:
     """A run that the helper has, or is about to be given once its start is committed."""
 
     priority: Priority
+    recorder: Recorder
     generation: int = 0  # 0: the start is not committed yet
     sent: bool = False
-    closing: bool = False  # its last word has come and is being committed
+    closing: bool = False  # its last word has come, or its helper has gone: that is being committed
     overdue: Timer | None = field(default=None)
 
 
@@ -230,7 +232,8 @@ class ModelLane:
         ]
 
     def _start(self, run_id: int, priority: Priority) -> None:
-        self._open[run_id] = open_ = _Open(priority)
+        recorder = Recorder(self._loop, self._ledger, run_id, lambda: self._recorded(run_id))
+        self._open[run_id] = open_ = _Open(priority, recorder)
         self._ledger.board.served(run_id)
         helper = self._helper
 
@@ -342,31 +345,25 @@ class ModelLane:
             case Progress():
                 self._progressed(run_id, message)
             case Segments():
-                segments = message.segments
-                self._ledger.commit(lambda db, now: store.add_segments(db, run_id, segments))
+                open_.recorder.add(message.segments)
             case Finished():
                 transcript = message.transcript
                 live = self._ledger.board.runs.get(run_id)
                 self._ledger.metrics.transcribed_s += (live.row.audio_s or 0.0) if live else 0.0
-                self._commit_end(run_id, open_, lambda db, now: store.finish(db, run_id, transcript, now))
+                open_.closing = True
+                open_.recorder.end(lambda db, now: store.finish(db, run_id, transcript, now))
             case Failed(code=ErrorCode.CANCELLED):
                 self._close(run_id)
                 self.pump()
             case Failed():
                 self.failed += 1
                 error = WhisperdError(message.code, message.message)
-                self._commit_end(run_id, open_, lambda db, now: store.fail(db, run_id, error, now))
+                open_.closing = True
+                open_.recorder.end(lambda db, now: store.fail(db, run_id, error, now))
 
-    def _commit_end(self, run_id: int, open_: _Open, call: Callable[..., Change]) -> None:
-        open_.closing = True
-
-        def then(change: Change) -> None:
-            self._close(run_id)
-            self.pump()
-
-        # On a full disk the result is kept here and tried again: the work is done, only its record is missing.
-        retry = lambda error: self._loop.call_later(1.0, lambda: self._commit_end(run_id, open_, call))  # noqa: E731
-        self._ledger.commit(call, then, retry)
+    def _recorded(self, run_id: int) -> None:
+        self._close(run_id)
+        self.pump()
 
     def _progressed(self, run_id: int, progress: Progress) -> None:
         live = self._ledger.board.runs.get(run_id)
@@ -400,6 +397,7 @@ class ModelLane:
                 self._close(run_id)
             else:
                 open_.closing = True
+                open_.recorder.drop()
                 self._give_back(run_id, died=not ours)
         self._ending = ""
         if self.held:
