@@ -280,3 +280,44 @@ def fill(path: Path) -> None:
     with suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
+
+
+@requires_root
+def test_a_state_folder_that_cannot_be_written_is_said(make_daemon: Callable[..., Daemon], shared: Daemon) -> None:
+    read_only, blocked = make_daemon(model=NO_MODEL), make_daemon(model=NO_MODEL)
+    blocked.state_dir.mkdir()
+    (blocked.state_dir / "spool").write_text("in the way")
+    assert exit_code(blocked) == 4
+    with small_disk(read_only.state_dir, "8m"):
+        read_only.start()
+        read_only.stop()
+        subprocess.run(["mount", "-o", "remount,ro", read_only.state_dir], check=True)
+        assert exit_code(read_only) == 4
+    for daemon in (read_only, blocked):
+        assert str(daemon.state_dir) in daemon.log().splitlines()[-1]
+        assert "Traceback" not in daemon.log()
+
+
+def exit_code(daemon: Daemon) -> int:
+    """Start a daemon that is to end by itself."""
+    daemon.start(wait=False)
+    assert daemon.process is not None
+    code = daemon.process.wait(30)
+    daemon.process = None
+    return code
+
+
+def test_a_spool_that_is_deleted_costs_what_was_in_it_and_no_more(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, decoders=1)
+    with daemon.client() as client:
+        only(wait_until(lambda: daemon.helpers("whisperd.audio.decoder"))).suspend()
+        lost = submit(client, recording())
+        shutil.rmtree(daemon.state_dir / "spool")
+        wait_until(lambda: (daemon.state_dir / "spool").exists())
+        kept = submit(client, recording())
+        only(daemon.helpers("whisperd.audio.decoder")).resume()
+        assert client.result(lost["id"])["job"]["state"] == "failed"
+        wait_until(lambda: client.call("result", job=kept["id"])["job"]["audio_s"])
+        assert client.call("cancel", job=kept["id"])["job"]["state"] == "cancelled"

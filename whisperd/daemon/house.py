@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
 from whisperd import __version__
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
-from whisperd.daemon.database import Database
+from whisperd.daemon.database import Database, StateError
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.modelling import ModelLane
@@ -98,15 +99,24 @@ class House:
     # -- life --------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Read what an earlier life left, put interrupted work back, sweep the spool. Before the socket is there."""
-        now = self.ledger.clock()
-        live, named = self.database.run(lambda db: self.ledger.store.recover(db, now))
+        """Read what an earlier life left, put interrupted work back, sweep the spool. Before the socket is there.
+
+        Raises `StateError` when the state folder cannot be worked with.
+        """
+        now, spool = self.ledger.clock(), self.ledger.spool
+        try:
+            live, named = self.database.run(lambda db: self.ledger.store.recover(db, now))
+            spool.start(named)
+            self.free_bytes = spool.free_bytes()
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(
+                f"the state in {self.config.state_dir} cannot be worked with: {error}. Check who owns it, and how much "
+                "room its disk has"
+            ) from None
         self.board.apply(live)
         for run in self.board.runs.values():
             if run.row.decoded:
                 run.phase = "waiting for the model"
-        self.ledger.spool.start(named)
-        self.free_bytes = self.ledger.spool.free_bytes()
         if live.jobs:
             log.info("recovered jobs=%d runs=%d", len(live.jobs), len(live.runs))
 
@@ -150,11 +160,22 @@ class House:
         self.ledger.commit(lambda db, now: store.housekeep(db, now), then, later)
 
     def _look_at_disk(self) -> None:
+        spool = self.ledger.spool
+
+        def look(db: object, now: float) -> int:
+            try:
+                spool.make()
+                return spool.free_bytes()
+            except OSError as error:
+                log.error("the spool cannot be used error=%s", error)
+                return 0
+
         def then(free_bytes: int) -> None:
             self.free_bytes = free_bytes
             self.loop.call_later(_DISK_LOOK_S, self._look_at_disk)
 
-        self.ledger.read(lambda db, now: self.ledger.spool.free_bytes(), then)
+        again = lambda error: self.loop.call_later(_DISK_LOOK_S, self._look_at_disk)  # noqa: E731
+        self.ledger.read(look, then, again)
 
     def _drop_unheld(self) -> None:
         """After a restart: cancel the attached jobs whose holders did not come back."""

@@ -26,12 +26,16 @@ class Spool:
 
     def start(self, named: Collection[str]) -> None:
         """Make the spool, doom every folder that is not in `named`, and start deleting."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.make()
         for entry in os.scandir(self.path):
             if entry.name not in named:
                 log.info("swept folder=%s", entry.name)
                 self.remove(entry.name)
         self._thread.start()
+
+    def make(self) -> None:
+        """Make the spool where it is not there (any more): who deletes it loses what is queued, not what comes."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @staticmethod
     def new_folder() -> str:
