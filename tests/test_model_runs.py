@@ -26,7 +26,7 @@ from whisperd.protocol.options import DEFAULTS, parse_options
 
 pytestmark = requires_program("flite")
 
-# Two windows of speech, and a third that is short.
+# A window of speech, and the beginning of a second.
 TEXT = """
 Permission is granted to any person who obtains a copy of this work to use it without any restriction. The notice above
 shall be included in all copies. Every morning the old man walked down to the river, sat on the same wooden bench, and
@@ -45,6 +45,7 @@ class Bench:
         self.engine = Engine(model, on_step=lambda: self.on_step())
         self.spool = spool
         self._mel_worker = Worker("mel")
+        self._upstream: dict[str, dict[str, Any]] = {}
 
     def run(self, folder: str = "speech", **options: Any) -> tuple[Run, list[HelperMessage]]:
         """Return a run that has not begun, and the list in which what it sends will be."""
@@ -63,8 +64,14 @@ class Bench:
         return run, sent
 
     def upstream(self, folder: str = "speech", **options: Any) -> dict[str, Any]:
-        """Return what `whisper.transcribe` gives for the real model and the same samples."""
+        """Return what `whisper.transcribe` gives for the real model and the same samples (computed once)."""
         parsed = parse_options(options)
+        key = f"{folder} {parsed}"
+        if key not in self._upstream:
+            self._upstream[key] = self._transcribe(folder, parsed)
+        return self._upstream[key]
+
+    def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
         pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
         arguments = parsed | {"temperature": tuple(parsed["temperature"]), "fp16": False}
         result: dict[str, Any] = whisper.transcribe(self.model.whisper, pcm, **arguments)
@@ -142,9 +149,9 @@ def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dic
     [
         {},
         {"word_timestamps": True, "initial_prompt": "A notice about a work."},
-        {"clip_timestamps": [2, 9.5, 20, 26]},
+        {"clip_timestamps": [2, 9.5, 14, 20]},
         {"clip_timestamps": "0,8", "beam_size": 2, "temperature": 0},
-        {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "condition_on_previous_text": False},
+        {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "clip_timestamps": [10]},
     ],
     ids=["plain", "words", "clips", "beams", "silence"],
 )
@@ -154,32 +161,27 @@ def test_tiny_en_says_what_upstream_says(tiny: Bench, options: dict[str, Any]) -
     assert tiny.hooks() == 0
 
 
-def test_the_words_are_those_that_were_spoken(tiny: Bench) -> None:
-    run, _ = tiny.run()
+def test_the_words_are_those_that_were_spoken(base: Bench) -> None:
+    run, sent = base.run()
     transcript = run.transcribe()
-    assert word_error_rate(TEXT, transcript.text) < 0.15
-    assert transcript.model == "demo"
+    check_equal(transcript, sent, base.upstream(), words=False)
+    assert transcript.language == "en"
+    assert word_error_rate(TEXT, transcript.text) < 0.1
+    assert transcript.model == "base"
     assert not transcript.truncated
     assert transcript.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
 
 
 @pytest.mark.parametrize("folder", ["short", "nothing"])
 def test_short_audio_and_none_at_all(base: Bench, folder: str) -> None:
-    run, sent = base.run(folder)
-    transcript, upstream = run.transcribe(), base.upstream(folder)
+    run, sent = base.run(folder, word_timestamps=True)
+    transcript, upstream = run.transcribe(), base.upstream(folder, word_timestamps=True)
     if folder == "short":
-        assert transcript.segments
-        check_equal(transcript, sent, upstream, words=False)
+        assert transcript.segments[0].words
+        check_equal(transcript, sent, upstream, words=True)
     else:
         assert (transcript.segments, transcript.text, sent) == ([], "", [])
         assert transcript.language == upstream["language"]
-
-
-def test_base_detects_the_language_and_times_words_as_upstream_does(base: Bench) -> None:
-    run, sent = base.run(word_timestamps=True)
-    transcript = run.transcribe()
-    assert transcript.language == "en"
-    check_equal(transcript, sent, base.upstream(word_timestamps=True), words=True)
 
 
 def test_a_language_and_a_task_reach_the_model(base: Bench) -> None:
@@ -190,7 +192,10 @@ def test_a_language_and_a_task_reach_the_model(base: Bench) -> None:
 
 
 def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
-    options = [{"word_timestamps": True}, {"clip_timestamps": [10], "word_timestamps": True}]
+    options = [
+        {"word_timestamps": True, "clip_timestamps": [20]},
+        {"word_timestamps": True, "initial_prompt": "A notice about a work.", "clip_timestamps": [0, 12]},
+    ]
     runs = [tiny.run(**each) for each in options]
     transcripts: dict[int, Transcript] = {}
     threads = [
@@ -210,7 +215,7 @@ def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
 
 @pytest.mark.parametrize("where", ["while encoding", "while decoding", "while aligning"])
 def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
-    run, sent = tiny.run(word_timestamps=True)
+    run, sent = tiny.run("short", word_timestamps=True)
     counters = tiny.engine.counters
     windows, tokens = counters.windows, counters.tokens
 

@@ -70,7 +70,8 @@ class ModelHelper:
 
     def serve(self) -> None:
         """Load, then take messages."""
-        torch.set_num_threads(self._settings.threads or len(os.sched_getaffinity(0)))
+        if self._settings.threads:  # 0: torch's own choice, all cores
+            torch.set_num_threads(self._settings.threads)
         substitutes.install()
         self._load()
         self._link.gauges = self._gauges
