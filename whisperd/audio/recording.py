@@ -157,7 +157,7 @@ class _Ticks:
 
 def _open(fd: int) -> InputContainer:
     if os.fstat(fd).st_size == 0:
-        raise bad_audio("the file is empty")
+        raise bad_audio("the file is empty: it has no bytes at all")
     try:
         return av.open(
             "fd:",  # seekable, unlike a pipe: an M4A with its index at the end can be read

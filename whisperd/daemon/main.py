@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import logging
 import os
 import resource
@@ -33,6 +34,10 @@ EXIT_USAGE = 2  # wrong usage or configuration
 EXIT_TAKEN = 3  # another daemon owns the socket or the state
 EXIT_STATE = 4  # the state cannot be opened
 
+# Looked for, never imported here: without them the helpers would start and die for ever.
+_HELPERS_NEED = ("av", "torch", "whisper")
+_INSTALL_SERVER = "install them with pip install 'whisperd[server]'"
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -62,6 +67,8 @@ def main(check: bool, **flags: Any) -> None:
         click.echo("the settings are good")
         return
     logs.configure(config.log_level)
+    if missing := [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]:
+        _end(EXIT_USAGE, f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
     sys.exit(serve(config))
 
 
