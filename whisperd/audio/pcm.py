@@ -1,9 +1,9 @@
 """Any decoded audio → 16 kHz mono s16le, with the arithmetic of `ffmpeg -ac 1 -ar 16000 -acodec pcm_s16le`.
 
 That is the command openai-whisper runs, and libswresample does the work in both. What differs comes from the decoders,
-which change between versions of FFmpeg: samples of AAC, Opus and Vorbis by at most 1 in the last place; nothing for PCM,
-FLAC and MP3 of 32 kHz and more against FFmpeg 5.1 (compared sample for sample); MP3 of 24 kHz and less (MPEG-2) in
-about 3 % of its frames.
+which change between versions of FFmpeg. Against 5.1, compared sample for sample: PCM, FLAC and MP3 of 32 kHz and more
+not at all; AAC, Opus and Vorbis by at most 1 in the last place; MP3 of 24 kHz and less in some of its frames (6 % of
+those of one recording).
 """
 
 from __future__ import annotations
