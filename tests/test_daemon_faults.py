@@ -321,3 +321,30 @@ def test_a_spool_that_is_deleted_costs_what_was_in_it_and_no_more(
         assert client.result(lost["id"])["job"]["state"] == "failed"
         wait_until(lambda: client.call("result", job=kept["id"])["job"]["audio_s"])
         assert client.call("cancel", job=kept["id"])["job"]["state"] == "cancelled"
+
+
+def test_a_model_file_that_is_replaced_answers_only_once_it_is_loaded(
+    start_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path, recording: Callable[..., Path]
+) -> None:
+    place = tmp_path / "model.pt"
+    shutil.copy(micro, place)
+    daemon = start_daemon(model=str(place), ready=True)
+    talk, other = recording(), recording()
+
+    def text(path: Path) -> str:
+        answer: str = client.result(submit(client, path)["id"])["transcript"]["text"]
+        return answer
+
+    with daemon.client() as client:
+        old = text(talk)
+        replacement = micro_checkpoint(tmp_path, seed=1)
+        replacement.replace(place)
+        assert text(talk) == old
+        text(other)
+        client.call("model", action="unload")
+        client.call("model", action="load")
+        daemon.wait_ready()
+        assert text(talk) != old
+        assert client.call("stats")["cache_hits"] == 1
+        text(other)
+        assert client.call("stats")["cache_hits"] == 1, "the old model's words are not the new one's"

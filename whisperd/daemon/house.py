@@ -244,16 +244,6 @@ class House:
                 "interactive jobs only): submit again when some have ended",
             )
 
-    def model_identity(self) -> list[Any]:
-        """Return what tells one model's results from another's: its name and type, and a file's size and age."""
-        config = self.config
-        identity: list[Any] = [config.model, config.dtype]
-        try:
-            status = os.stat(config.model)
-        except OSError:  # a name, not a path
-            return identity
-        return [*identity, status.st_size, status.st_mtime_ns]
-
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do."""
         found = [self.copying.pool.problem, self.decoding.problem]

@@ -202,7 +202,7 @@ class _Submission:
     def _share_key(self, copied: Copied) -> bytes:
         everyone = self._house.config.share_results == "everyone"
         owner = "everyone" if everyone else self._peer.uid
-        return _digest([owner, copied.sha256, dict(self._params.options), self._house.model_identity()])
+        return _digest([owner, copied.sha256, dict(self._params.options), self._house.modelling.identity])
 
 
 def _digest(value: Any) -> bytes:

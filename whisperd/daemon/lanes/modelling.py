@@ -6,9 +6,11 @@ an administrator asks again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.board import LiveRun
@@ -67,6 +69,7 @@ class ModelLane:
         self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
         self.held = False  # unloaded by an administrator: stays so until he loads it
         self.paused = False
+        self.identity: list[Any] = []  # what tells this model's results from another's
         self.starts = 0
         self.crashes = 0
         self.failed = 0
@@ -153,6 +156,7 @@ class ModelLane:
         self._ending = ""
         self._last_beat, self._last_beat_at = -1, self._loop.time()
         config = self._config
+        self.identity = model_identity(config)
         self._set_status(self._no_status("loading"))
         try:
             self._helper = helper = self._start_helper()
@@ -427,3 +431,16 @@ class ModelLane:
         self._restart = None
         if self._helper is None and not self.held:
             self._spawn()
+
+
+def model_identity(config: Config) -> list[Any]:
+    """Return what tells one model's results from another's: its name and type, and a file's size and age.
+
+    As of the helper's start: a file that is replaced under a loaded model does not change what that answers.
+    """
+    identity: list[Any] = [config.model, config.dtype]
+    for path in (Path(config.model, "model.bin"), Path(config.model)):
+        with contextlib.suppress(OSError):  # not a folder; or a name, not a path
+            status = path.stat()
+            return [*identity, status.st_size, status.st_mtime_ns]
+    return identity
