@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -348,3 +349,25 @@ def test_a_model_file_that_is_replaced_answers_only_once_it_is_loaded(
         assert client.call("stats")["cache_hits"] == 1
         text(other)
         assert client.call("stats")["cache_hits"] == 1, "the old model's words are not the new one's"
+
+
+# --- the machine around it ---
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing(
+    make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch, recording: Callable[..., Path]
+) -> None:
+    daemon = make_daemon(model=NO_MODEL, log_level="debug")
+    reader, writer = os.pipe()
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    daemon.log_file.symlink_to(f"/proc/{os.getpid()}/fd/{writer}")
+    daemon.start()
+    monkeypatch.setattr(daemon, "log", lambda: "")
+    with daemon.client() as client:
+        path = recording(0.1)
+        for _ in range(100):
+            client.call("cancel", job=submit(client, path, fresh=True)["id"])
+        assert client.call("stats")["jobs"]["since_start"]["cancelled"] == 100
+    assert daemon.stop() == 0
+    os.close(reader)
+    os.close(writer)

@@ -66,7 +66,7 @@ def main(check: bool, **flags: Any) -> None:
     if check:
         click.echo("the settings are good")
         return
-    logs.configure(config.log_level)
+    logs.configure(config.log_level, background=True)
     if missing := [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]:
         _end(EXIT_USAGE, f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
     sys.exit(serve(config))
