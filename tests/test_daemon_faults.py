@@ -371,3 +371,58 @@ def test_a_log_that_nobody_reads_holds_up_nothing(
     assert daemon.stop() == 0
     os.close(reader)
     os.close(writer)
+
+
+def test_a_stop_takes_ten_seconds_at_most_whatever_stands_still(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = make_daemon(model=NO_MODEL, decoders=1)
+    daemon.start()
+    with daemon.client() as client, daemon.client() as deaf:
+        wait_until(lambda: len(daemon.children()) == 3)
+        for helper in daemon.helpers("whisperd.audio"):
+            helper.suspend()
+        with recording().open("rb") as file:
+            source = {"kind": "fd", "name": "talk"}
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS, key="kept")
+        copier_of(daemon).resume()
+        job = client.reply(number)["result"]["job"]
+        copier_of(daemon).suspend()
+        with recording().open("rb") as file:
+            refused = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+        for _ in range(60):
+            deaf.send("jobs", limit=200)
+        waiting = client.send("result", job=job["id"], wait_s=None)
+        wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
+        for helper in daemon.children():
+            helper.suspend()
+        assert daemon.stop(10) == 0
+        assert client.reply(refused)["error"]["code"] == "stopping"
+        with pytest.raises(EOFError):
+            client.reply(waiting)
+    daemon.start()
+    with daemon.client() as client:
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
+        assert client.call("health")["queue"]["depth"] == 1
+
+
+def test_a_copy_ends_with_its_client_unless_it_has_a_key(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, cancel_grace_s=0.5)
+    spool = daemon.state_dir / "spool"
+    with daemon.client() as client:
+        for params, jobs in (({}, 0), ({"key": "held", "attached": True}, 0), ({"key": "free"}, 1)):
+            for copier in daemon.helpers("whisperd.audio.copier"):
+                copier.suspend()
+            leaving = daemon.client()
+            with recording().open("rb") as file:
+                source = {"kind": "fd", "name": "talk"}
+                leaving.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS, **params)
+            wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
+            leaving.close()
+            wait_until(lambda: client.call("stats")["connections"] == 1)
+            for copier in daemon.helpers("whisperd.audio.copier"):
+                copier.resume()
+            wait_until(lambda: client.call("stats")["lanes"]["copy"] == {"active": 0, "waiting": 0, "failed": 0})
+            wait_until(lambda jobs=jobs: len(client.call("jobs")["jobs"]) == len(list(spool.iterdir())) == jobs)
