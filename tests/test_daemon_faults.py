@@ -426,3 +426,54 @@ def test_a_copy_ends_with_its_client_unless_it_has_a_key(
                 copier.resume()
             wait_until(lambda: client.call("stats")["lanes"]["copy"] == {"active": 0, "waiting": 0, "failed": 0})
             wait_until(lambda jobs=jobs: len(client.call("jobs")["jobs"]) == len(list(spool.iterdir())) == jobs)
+
+
+def test_a_file_size_limit_is_a_full_disk(start_daemon: Callable[..., Daemon], recording: Callable[..., Path]) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    process = psutil.Process(daemon.pid)
+    with daemon.client() as client:
+        first = submit(client, recording())
+        wait_until(lambda: client.call("result", job=first["id"])["job"]["audio_s"])
+        unlimited = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (1, unlimited[1]))
+        assert error_of(lambda: submit(client, recording())) == "storage_full"
+        assert error_of(lambda: client.call("cancel", job=first["id"])) == "storage_full"
+        assert client.call("result", job=first["id"])["job"]["state"] == "queued"
+        assert [job["id"] for job in client.call("jobs")["jobs"]] == [first["id"]]
+        process.rlimit(psutil.RLIMIT_FSIZE, unlimited)
+        second = submit(client, recording())
+        assert client.call("cancel", job=first["id"])["job"]["state"] == "cancelled"
+        wait_until(lambda: len(list((daemon.state_dir / "spool").iterdir())) == 2)
+        assert client.call("result", job=second["id"])["job"]["id"] == second["id"]
+
+
+# --- strangers ---
+
+
+@requires_root
+def test_a_stranger_learns_nothing_and_changes_nothing(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", admins=["65533"])
+    path = recording()
+    with client_of(daemon, 1) as owner, client_of(daemon, 65534) as stranger, client_of(daemon, 65533) as admin:
+        events = stranger.send("subscribe")
+        assert stranger.reply(events)["ok"]
+        job = submit(owner, path, key="mine")["id"]
+        for op, params in {"result": {"wait_s": None}, "cancel": {}, "forget": {}, "subscribe": {}}.items():
+            there = stranger.reply(stranger.send(op, job=job, **params))["error"]
+            nowhere = stranger.reply(stranger.send(op, job=job + 1000, **params))["error"]
+            assert there["code"] == nowhere["code"] == "not_found"
+            assert there["message"].replace(str(job), "") == nowhere["message"].replace(str(job + 1000), "")
+        assert stranger.call("jobs") == {"jobs": [], "more": False}
+        assert error_of(lambda: stranger.call("jobs", all=True)) == "forbidden"
+        assert error_of(lambda: stranger.call("model", action="unload")) == "forbidden"
+        own = submit(stranger, path, key="mine")
+        assert (own["id"], own["uid"]) == (job + 1, 65534), "another's key and recording are not his"
+        assert [row["id"] for row in admin.call("jobs", all=True)["jobs"]] == [own["id"], job]
+        assert admin.call("jobs")["jobs"] == []
+        assert admin.call("cancel", job=job)["job"]["state"] == "cancelled"
+        assert owner.call("result", job=job)["job"]["state"] == "cancelled"
+        assert stranger.call("cancel", job=own["id"])["job"]["state"] == "cancelled"
+        told = [stranger.receive_until(lambda message: message["id"] == events) for _ in range(2)]
+        assert [event["job"] for event in told] == [own["id"]] * 2
