@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import time
 import wave
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -477,3 +478,24 @@ def test_a_stranger_learns_nothing_and_changes_nothing(
         assert stranger.call("cancel", job=own["id"])["job"]["state"] == "cancelled"
         told = [stranger.receive_until(lambda message: message["id"] == events) for _ in range(2)]
         assert [event["job"] for event in told] == [own["id"]] * 2
+
+
+# --- people ---
+
+
+def test_a_person_who_holds_the_database_makes_it_wait_and_not_die(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client, closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as person:
+        person.isolation_level = None
+        person.execute("BEGIN IMMEDIATE")
+        with recording().open("rb") as file:
+            source = {"kind": "fd", "name": "talk"}
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+        wait_until(lambda: "another program holds the database" in daemon.log())
+        assert client.call("health")["queue"]["depth"] == 1
+        person.execute("ROLLBACK")
+        assert client.reply(number)["ok"]
+        person.execute("BEGIN IMMEDIATE")
+        assert daemon.stop(10) == 0

@@ -27,6 +27,7 @@ T = TypeVar("T")
 Outcome = Any  # what the call returned, or the exception it raised
 
 _MAX_BATCH = 64
+_STOP_S = 1.0  # what the last commits may take when the daemon stops
 # What a full disk looks like: SQLITE_FULL on a file system, SQLITE_IOERR_WRITE under RLIMIT_FSIZE or a quota.
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}
 
@@ -116,10 +117,16 @@ class Database:
         self._calls.put(_Call(function, done))
 
     def stop(self) -> None:
-        """Finish what was handed over, fold the log into the database and close."""
+        """Finish what was handed over, fold the log into the database and close.
+
+        A disk that hangs keeps nobody from stopping: what was not committed was not acknowledged.
+        """
         self._calls.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_STOP_S)
+            if self._thread.is_alive():
+                log.error("the database does not answer: stopping without its last words path=%s", self.path)
+                return
         with contextlib.suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
@@ -149,7 +156,8 @@ class Database:
                     break
                 batch.append(following)
             try:
-                self._commit(batch)
+                while not self._commit(batch):
+                    log.warning("another program holds the database: whisperd waits for it path=%s", self.path)
             except sqlite3.Error as error:
                 log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
                 self._deliver(lambda reason=str(error): self._failed(reason))  # type: ignore[misc]
@@ -159,17 +167,23 @@ class Database:
             if stopping:
                 return
 
-    def _commit(self, batch: list[_Call]) -> None:
-        """Run the calls under one commit; where that meets a full disk, each alone, so that reads still answer."""
+    def _commit(self, batch: list[_Call]) -> bool:
+        """Run the calls under one commit; where that meets a full disk, each alone, so that reads still answer.
+
+        Return False when nothing was done because somebody else, a person with a shell perhaps, holds the database.
+        """
         try:
             with self._transaction():
                 for call in batch:
                     self._run_in_savepoint(call)
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                return False
             if error.sqlite_errorcode not in _FULL:
                 raise
             for call in batch:
                 self._commit_alone(call)
+        return True
 
     def _commit_alone(self, call: _Call) -> None:
         try:
