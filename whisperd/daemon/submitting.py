@@ -53,8 +53,10 @@ def check_descriptors(descriptors: list[int], *, max_bytes: int) -> int:
     if len(descriptors) > 1:
         raise bad_request(f"source: one descriptor is wanted, {len(descriptors)} came")
     (fd,) = descriptors
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    status = os.fstat(fd)
+    try:
+        flags, status = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)
+    except OSError as error:  # a file system may keep even root out
+        raise bad_request(f"source: the descriptor cannot be looked at ({error.strerror}): copy the file") from None
     if not stat.S_ISREG(status.st_mode):
         raise bad_request(
             f"source: the descriptor is {_kind(status.st_mode)}, not a regular file: copy it into one, or into a memfd"
