@@ -486,7 +486,7 @@ def test_a_stranger_learns_nothing_and_changes_nothing(
 def test_a_person_who_holds_the_database_makes_it_wait_and_not_die(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=NO_MODEL)
+    daemon = start_daemon(model=NO_MODEL, stop_grace_s=1)
     with daemon.client() as client, closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as person:
         person.isolation_level = None
         person.execute("BEGIN IMMEDIATE")
