@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 import wave
 from collections.abc import Callable, Iterator
@@ -410,7 +411,8 @@ def test_a_stop_takes_ten_seconds_at_most_whatever_stands_still(
 def test_a_copy_ends_with_its_client_unless_it_has_a_key(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=NO_MODEL, cancel_grace_s=0.5)
+    daemon = start_daemon(model=NO_MODEL, cancel_grace_s=20)  # the copier that stands still is not replaced
+    copier_of(daemon)
     spool = daemon.state_dir / "spool"
     with daemon.client() as client:
         for params, jobs in (({}, 0), ({"key": "held", "attached": True}, 0), ({"key": "free"}, 1)):
@@ -499,3 +501,42 @@ def test_a_person_who_holds_the_database_makes_it_wait_and_not_die(
         assert client.reply(number)["ok"]
         person.execute("BEGIN IMMEDIATE")
         assert daemon.stop(10) == 0
+
+
+# --- file systems ---
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Callable[[], int]]:
+    """A function that opens a file whose file system no longer answers."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("this test needs /dev/fuse")
+    folder, flag = tmp_path / "mount", tmp_path / "mute"
+    folder.mkdir()
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("hanging_files.py"), folder, flag])
+    wait_until(lambda: folder.is_mount())
+
+    def open_talk() -> int:
+        flag.unlink(missing_ok=True)
+        fd = os.open(folder / "talk", os.O_RDONLY)
+        flag.touch()
+        return fd
+
+    yield open_talk
+    server.kill()  # its files fail at once, and whoever waits for them goes on
+    server.wait()
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@requires_root
+def test_a_file_system_that_does_not_answer_does_not_stop_the_loop(
+    start_daemon: Callable[..., Daemon], hanging: Callable[[], int], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client, daemon.client() as hostile:
+        # A descriptor that no operation asked for is closed, which asks the file system; so does looking at one.
+        assert hostile.reply(hostile.send("health", descriptors=[hanging()]))["ok"]
+        assert submit(client, recording())["state"] == "queued"
+        hostile.send("submit", descriptors=[hanging()], source={"kind": "fd", "name": "talk"})
+        wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
+        assert client.call("health")["queue"]["depth"] == 2

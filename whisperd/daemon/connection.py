@@ -7,11 +7,11 @@ so all of it is tested with literals.
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from whisperd.daemon.descriptors import close_apart
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.frames import (
@@ -87,7 +87,7 @@ class Connection:
     def receive(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Take what one `recvmsg` returned. The descriptors are the connection's from here on."""
         room = max(0, MAX_DESCRIPTORS - self._reader.waiting_descriptors)
-        _close(descriptors[room:])
+        close_apart(descriptors[room:])
         self._reader.feed(data, descriptors[:room])
 
     def step(self, dispatch: Dispatch) -> bool:
@@ -109,7 +109,7 @@ class Connection:
         except FrameError as error:
             self.refuse(error)
         finally:
-            _close(descriptors)
+            close_apart(descriptors)
         return True
 
     def _handle(self, message: Mapping[str, Any], descriptors: list[int], dispatch: Dispatch) -> None:
@@ -227,7 +227,7 @@ class Connection:
         self.closed = True
         self._open.clear()
         self._subscribed.clear()
-        _close(self._reader.descriptors())
+        close_apart(self._reader.descriptors())
 
     def drop_output(self) -> None:
         """Forget what has not been sent."""
@@ -247,8 +247,3 @@ def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield part
     if small:
         yield bytes(small)
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import whisperd
+from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, encode_frame, parse_body
@@ -205,7 +206,7 @@ class Helper:
             try:
                 if first.descriptors:
                     sent = socket.send_fds(self._socket, [first.data[:left]], first.descriptors)
-                    _close(first.descriptors)
+                    close_apart(first.descriptors)
                     first.descriptors = []
                 else:
                     sent = self._socket.send(first.data[:left])
@@ -252,7 +253,7 @@ class Helper:
 
     def _drop_outbox(self) -> None:
         for outgoing in self._outbox:
-            _close(outgoing.descriptors)
+            close_apart(outgoing.descriptors)
         self._outbox.clear()
 
     def _ended(self) -> None:
@@ -297,14 +298,9 @@ def _duplicated(descriptors: Sequence[int]) -> list[int]:
         for fd in descriptors:
             copies.append(os.dup(fd))
     except OSError:
-        _close(copies)
+        close_apart(copies)
         raise
     return copies
-
-
-def _close(descriptors: Sequence[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)
 
 
 def _signal_name(number: int) -> str:

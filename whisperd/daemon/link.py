@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import logging
-import os
 import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -13,6 +12,7 @@ from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.connection import Connection
+from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
 from whisperd.protocol.channel import received_descriptors
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -209,15 +209,13 @@ class Link:
             self.abort("gone")
             return
         if flags & socket.MSG_CTRUNC:
-            for fd in fds:
-                os.close(fd)
+            close_apart(fds)
             log.error("client dropped: its descriptors did not arrive whole uid=%d", self.peer.uid)
             self.abort("descriptors lost")
         elif self._state is _State.OPEN and data:
             self.connection.receive(data, fds)
         elif not data:
-            for fd in fds:
-                os.close(fd)
+            close_apart(fds)
             self._linger = False
             self.end()
             if self._state is _State.LINGERING:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
 from whisperd.daemon.rows import Change, NewJob, about, pack
@@ -54,21 +55,22 @@ def check_descriptors(descriptors: list[int], *, max_bytes: int) -> int:
         raise bad_request(f"source: one descriptor is wanted, {len(descriptors)} came")
     (fd,) = descriptors
     try:
-        flags, status = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)
+        flags, status = fcntl.fcntl(fd, fcntl.F_GETFL), look_at(fd)
     except OSError as error:  # a file system may keep even root out
         raise bad_request(f"source: the descriptor cannot be looked at ({error.strerror}): copy the file") from None
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.mode):
         raise bad_request(
-            f"source: the descriptor is {_kind(status.st_mode)}, not a regular file: copy it into one, or into a memfd"
+            f"source: the descriptor is {_kind(status.mode)}, not a regular file: copy it into one, or into a memfd"
         )
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise bad_request("source: the descriptor is not open for reading")
-    if status.st_size > max_bytes:
+    if status.size_bytes > max_bytes:
         raise WhisperdError(
             ErrorCode.TOO_LARGE,
-            f"the file has {status.st_size} bytes and at most {max_bytes} are taken (setting max_source_bytes): cut it",
+            f"the file has {status.size_bytes} bytes and at most {max_bytes} are taken (setting max_source_bytes): "
+            "cut it",
         )
-    return status.st_size
+    return status.size_bytes
 
 
 def check_traits(options: Mapping[str, Any], traits: Mapping[str, Any]) -> None:
@@ -158,7 +160,7 @@ class _Submission:
         return self._params.key is not None and not self._params.attached
 
     def _give_up(self, error: WhisperdError) -> None:
-        os.close(self._descriptor)
+        close_apart([self._descriptor])
         self._fail(error)
 
     def _early_fingerprint(self) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.scheduler import Turns, Waiting, pick
 from whisperd.daemon.spool import Spool
@@ -38,6 +38,7 @@ class Copy:
     refused: Callable[[WhisperdError], None]
     ticket: int = 0
     active: bool = False
+    unwanted: bool = False  # its client has left
     losses: int = 0
 
 
@@ -87,10 +88,11 @@ class CopyLane:
     def client_left(self, client: int) -> None:
         """Give up the copies that end with a connection: nobody could learn of their jobs any more."""
         for copy in [copy for copy in self._copies.values() if copy.client == client]:
+            copy.unwanted = True
             if copy.active:
                 self.pool.cancel(copy.ticket)
             else:
-                self._refuse(copy, WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied"))
+                self._refuse(copy, _client_left())
 
     def stop(self) -> None:
         """Refuse every copy: the daemon stops, and what is not accepted is the client's to submit again."""
@@ -131,9 +133,11 @@ class CopyLane:
         )
 
     def _answered(self, copy: Copy, message: HelperMessage) -> None:
-        if isinstance(message, Copied):
+        if copy.unwanted:  # whatever the answer: it may have crossed the cancel
+            self._refuse(copy, _client_left())
+        elif isinstance(message, Copied):
             self._committing[copy.ticket] = self._copies.pop(copy.ticket)
-            os.close(copy.descriptor)
+            close_apart([copy.descriptor])
             copy.copied(message)
         elif isinstance(message, Failed):
             self._refuse(copy, WhisperdError(message.code, message.message))
@@ -155,6 +159,10 @@ class CopyLane:
             return
         if error.code not in (ErrorCode.CANCELLED, ErrorCode.STOPPING):
             self.failed += 1
-        os.close(copy.descriptor)
+        close_apart([copy.descriptor])
         self._spool.remove(copy.folder)
         copy.refused(error)
+
+
+def _client_left() -> WhisperdError:
+    return WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
