@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import whisper
 
 import whisperd
@@ -34,13 +35,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def daemon(model: str) -> Iterator[Daemon]:
-    with running_daemon(model=model, ready=True, threads=2) as daemon:
+    # One thread here and one below: two that wait for each other on busy cores take ten times as long.
+    with running_daemon(model=model, ready=True, threads=1) as daemon:
         yield daemon
 
 
 @pytest.fixture(scope="module")
 def upstream(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """openai-whisper's own object of these weights."""
+    torch.set_num_threads(1)
     cache = tmp_path_factory.mktemp("cache")
     loaded = load(model, cache_dir=cache, device="cpu", dtype="auto", on_step=lambda: None, environ={})
     return loaded.whisper
