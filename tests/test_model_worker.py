@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.support import wait_until
-from whisperd.model.worker import Turn, Worker
+from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn, Worker
 from whisperd.protocol.errors import WhisperdError
 
 
@@ -57,6 +57,21 @@ def test_interactive_runs_come_before_those_that_came_earlier() -> None:
     for thread in threads:
         thread.join(10)
     assert order == ["promoted", "interactive", "first", "second"]
+
+
+def test_background_work_moves_under_a_stream_of_interactive_work() -> None:
+    worker, order = Worker("test"), []
+    held = Held(worker)
+    threads = []
+    for number in range(2 * MAX_INTERACTIVE_IN_A_ROW + 2):
+        name, turn = ("background", Turn()) if number < 2 else ("interactive", Turn(interactive=True))
+        threads.append(start(lambda name=name, turn=turn: worker.call(turn, lambda: order.append(name))))
+        wait_until(lambda number=number: len(worker._waiting) == number + 1)
+    held.release()
+    for thread in threads:
+        thread.join(10)
+    stretch = ["interactive"] * MAX_INTERACTIVE_IN_A_ROW + ["background"]
+    assert order == stretch * 2
 
 
 def test_a_cancelled_run_does_not_wait_for_its_turn() -> None:

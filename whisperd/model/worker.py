@@ -38,8 +38,13 @@ class _Piece(Generic[T]):
         self.error: BaseException | None = None
 
 
+# How many pieces of interactive runs are served in a row while others wait: background work crawls under a stream of
+# interactive work, but it moves.
+MAX_INTERACTIVE_IN_A_ROW = 8
+
+
 class Worker:
-    """One thread that runs pieces of work in order of arrival, those of interactive runs before all others.
+    """One thread that runs pieces of work in order of arrival, those of interactive runs before (nearly) all others.
 
     A worker and not a lock around the work: each thread that calls into torch gets a team of OpenMP threads of its
     own, so 16 job threads on 8 cores would make 128. And two threads in numba's parallel code abort the process.
@@ -49,6 +54,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._changed = threading.Condition()
         self._waiting: list[_Piece[Any]] = []
+        self._interactive_in_a_row = 0
         self.busy_s = 0.0
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
@@ -75,12 +81,20 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
+    def _take(self) -> _Piece[Any]:
+        interactive = [piece for piece in self._waiting if piece.turn.interactive]
+        others = [piece for piece in self._waiting if not piece.turn.interactive]
+        preferred = others if self._interactive_in_a_row >= MAX_INTERACTIVE_IN_A_ROW else interactive
+        piece = (preferred or self._waiting)[0]
+        self._interactive_in_a_row = self._interactive_in_a_row + 1 if piece.turn.interactive and others else 0
+        self._waiting.remove(piece)
+        return piece
+
     def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
-                piece = next((piece for piece in self._waiting if piece.turn.interactive), self._waiting[0])
-                self._waiting.remove(piece)
+                piece = self._take()
             began = time.monotonic()
             try:
                 piece.turn.check()
