@@ -88,7 +88,10 @@ class Config:
     )
     open_runs: int = _setting(4, "How many recordings the model works on at the same time.", low=1, high=256)
     keep_alive_s: float = _setting(
-        600.0, "On CUDA: seconds without work after which the model is unloaded and the GPU is free; 0 keeps it.", low=0
+        600.0,
+        "On CUDA: seconds without work after which the model is unloaded and the GPU is free; 0 keeps it. "
+        "Taken and checked, not acted upon yet: `whisperctl model unload` frees the GPU.",
+        low=0,
     )
     model_load_timeout_s: float = _setting(900.0, "Seconds that loading the model may take.", low=1)
     stall_timeout_s: float = _setting(
