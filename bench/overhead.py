@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -85,9 +86,14 @@ def _ask_upstream(process: subprocess.Popen[str], file: Path) -> tuple[float, li
 
 @contextmanager
 def _upstream(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start openai-whisper in a process of its own."""
+    """Start openai-whisper in a process of its own, and show it at its best.
+
+    Its OpenMP threads would spin while they wait for each other, as they do in a program's main thread by default:
+    whatever else then runs on the machine makes it several times slower. In the model's helper they wait asleep.
+    """
     command = [sys.executable, "-m", "bench.upstream", str(THREADS), str(NICE), str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     try:
         _line(process)
         yield process

@@ -25,19 +25,19 @@ def measure(bench: Bench) -> Iterator[Row]:
     with running_daemon(bench.folder / "d", capacity=10 * count) as daemon, daemon.client() as client:
         client.call("model", action="unload")
         quiet_s = [_acknowledged_s(client, file) for file in files[:count]]
-        yield _row("submit to acknowledgement, 1 MB", quiet_s)
+        yield _row("submit to acknowledgement, 1 MB", quiet_s, GOAL_P50_MS)
     with running_daemon(bench.folder / "e", capacity=10 * count) as daemon, daemon.client() as client:
         daemon.wait_for_words(client.submit(talk))
         busy_s = [_acknowledged_s(client, file) for file in files[count:]]
         yield _row("the same while the model works", busy_s)
 
 
-def _row(what: str, times_s: list[float]) -> Row:
+def _row(what: str, times_s: list[float], goal_ms: float | None = None) -> Row:
     return Row(
         what=what,
-        goal=f"p50 under {GOAL_P50_MS} ms",
+        goal="" if goal_ms is None else f"p50 under {goal_ms} ms",
         measured=milliseconds(times_s),
-        met=1000 * percentile(times_s, 50) < GOAL_P50_MS,
+        met=None if goal_ms is None else 1000 * percentile(times_s, 50) < goal_ms,
         runs=f"{len(times_s)} different files",
     )
 
