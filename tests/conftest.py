@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import Daemon, need
+from tests.support import Daemon, need, write_noise
 
 _DAEMONS = pytest.StashKey[list[Daemon]]()
 
@@ -70,3 +72,18 @@ def start_daemon(make_daemon: Callable[..., Daemon]) -> Callable[..., Daemon]:
 def start_module_daemon(request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     """As `start_daemon`, for a module's own fixture: the daemon serves all tests of the module (on one worker)."""
     yield from map(_start, _make(request))
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of the micro model."""
+    from tests.models import micro_checkpoint  # imports torch, which most tests do without
+
+    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a recording nobody has had before, of so many seconds."""
+    numbers = itertools.count(1)
+    return lambda seconds=2.0: write_noise(tmp_path / f"noise-{next(numbers)}.wav", seconds)

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -133,6 +135,35 @@ class RawClient:
     def result(self, job: int, timeout_s: float = 120) -> dict[str, Any]:
         """Wait for a job's end and return `{"job": ..., "transcript": ...}`."""
         return self.call("result", job=job, wait_s=None, timeout_s=timeout_s)
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """Return the code of the error that `call` raises."""
+    with pytest.raises(WhisperdError) as caught:
+        call()
+    return caught.value.code
+
+
+# --- the micro model ---
+
+# No fallback through the temperatures, no end before its time: a window of the micro model takes 0.1 s.
+PLAIN_OPTIONS: dict[str, Any] = {"language": "en", "temperature": 0, "condition_on_previous_text": False}
+
+
+def submit(client: RawClient, path: Path, **params: Any) -> dict[str, Any]:
+    """Hand over a file with `PLAIN_OPTIONS` unless others are given; return its Job map."""
+    return client.submit(path, **{"options": PLAIN_OPTIONS} | params)
+
+
+def write_noise(path: Path, seconds: float) -> Path:
+    """Write a WAV of noise that nobody has had before, and return its path."""
+    rng = np.random.default_rng()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(rng.integers(-3000, 3000, int(seconds * 16_000), dtype=np.int16).tobytes())
+    return path
 
 
 # --- whole daemons ---

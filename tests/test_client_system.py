@@ -6,26 +6,16 @@ import json
 import subprocess
 import sys
 import threading
-import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.models import micro_checkpoint
-from tests.support import Daemon, running_daemon, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, running_daemon, wait_until
 from whisperctl import Client, JobCancelled, JobFailed, JobTimeout, NotFound, Segment
 
-OPTIONS: dict[str, Any] = {"language": "en", "temperature": 0, "condition_on_previous_text": False}
 AS_ARGUMENTS = ("--language", "en", "--temperature", "0", "--option", "condition_on_previous_text=false")
 LONG_S = 600  # the micro model needs several seconds for it
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +31,12 @@ def client(shared: Daemon) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def recording(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a recording nobody has had before, of so many seconds."""
-    rng = np.random.default_rng()
-
-    def write(seconds: float = 2.0) -> Path:
-        path = tmp_path / f"{rng.integers(1 << 62)}.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16_000)
-            file.writeframes(rng.integers(-3000, 3000, int(seconds * 16_000), dtype=np.int16).tobytes())
-        return path
-
-    return write
-
-
 def test_many_threads_share_a_client(client: Client, recording: Callable[..., Path]) -> None:
     paths = [recording() for _ in range(12)]
     texts: dict[Path, str] = {}
 
     def work(path: Path) -> None:
-        texts[path] = client.transcribe(path, **OPTIONS).text
+        texts[path] = client.transcribe(path, **PLAIN_OPTIONS).text
 
     threads = [threading.Thread(target=work, args=(path,)) for path in paths]
     for thread in threads:
@@ -73,19 +46,19 @@ def test_many_threads_share_a_client(client: Client, recording: Callable[..., Pa
     assert set(texts) == set(paths)
     # Asked again, alone, each recording has the words that its own thread was given.
     for path in paths:
-        assert client.transcribe(path, **OPTIONS).text == texts[path] != ""
+        assert client.transcribe(path, **PLAIN_OPTIONS).text == texts[path] != ""
 
 
 def test_segments_come_as_they_stand_in_the_transcript(client: Client, recording: Callable[..., Path]) -> None:
     heard: list[Segment] = []
-    transcript = client.transcribe(recording(100), on_segment=heard.append, **OPTIONS)
+    transcript = client.transcribe(recording(100), on_segment=heard.append, **PLAIN_OPTIONS)
     assert heard == list(transcript.segments)
     assert len(heard) > 3
 
 
 def test_a_timeout_a_cancel_and_what_is_left(client: Client, recording: Callable[..., Path]) -> None:
     with pytest.raises(JobTimeout) as caught:
-        client.transcribe(recording(LONG_S), timeout_s=0.5, **OPTIONS)
+        client.transcribe(recording(LONG_S), timeout_s=0.5, **PLAIN_OPTIONS)
     job_id = caught.value.job_id
     assert job_id is not None
     assert client.cancel(job_id).state == "cancelled"
@@ -134,7 +107,7 @@ def test_an_attached_job_outlives_its_daemon_and_not_its_client(micro: Path, rec
 
 def test_follow_across_a_restart(micro: Path, recording: Callable[..., Path]) -> None:
     with running_daemon(model=str(micro), ready=True) as daemon, Client(daemon.socket) as client:
-        job = client.submit(recording(LONG_S), **OPTIONS)
+        job = client.submit(recording(LONG_S), **PLAIN_OPTIONS)
         events = []
         for event in client.follow(job.id):
             events.append(event)

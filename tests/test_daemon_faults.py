@@ -9,32 +9,22 @@ import sqlite3
 import subprocess
 import sys
 import time
-import wave
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
 from tests.models import micro_checkpoint
-from tests.support import Daemon, RawClient, requires_root, running_daemon, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, requires_root, running_daemon, submit, wait_until
 from whisperd.daemon.database import Database
 from whisperd.daemon.rows import NewJob, about
 from whisperd.daemon.store import Retention, Store
-from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import Priority
 
-# No fallback through the temperatures, no end before its time: a window of the micro model takes 0.1 s.
-OPTIONS = {"language": "en", "temperature": 0, "condition_on_previous_text": False}
 NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +38,6 @@ def shared() -> Iterator[Daemon]:
 def client(shared: Daemon) -> Iterator[RawClient]:
     with shared.client() as client:
         yield client
-
-
-@pytest.fixture
-def recording(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a recording nobody has had before, of so many seconds."""
-    rng = np.random.default_rng()
-
-    def write(seconds: float = 1.0) -> Path:
-        path = tmp_path / f"{rng.integers(1 << 62)}.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16_000)
-            file.writeframes(rng.integers(-3000, 3000, int(seconds * 16_000), dtype=np.int16).tobytes())
-        return path
-
-    return write
-
-
-def submit(client: RawClient, path: Path, **params: Any) -> dict[str, Any]:
-    return client.submit(path, **{"options": OPTIONS} | params)
-
-
-def error_of(call: Callable[[], Any]) -> str:
-    with pytest.raises(WhisperdError) as caught:
-        call()
-    return caught.value.code
 
 
 # --- clients ---
@@ -142,7 +105,7 @@ def test_a_copier_that_dies_costs_its_client_nothing(
     copier.suspend()
     with recording().open("rb") as file:
         source = {"kind": "fd", "name": "talk"}
-        number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+        number = client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS)
     wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
     copier.kill()
     assert client.reply(number)["result"]["job"]["state"] == "queued"
@@ -171,7 +134,7 @@ def test_one_user_may_not_take_all_copiers_but_an_admin_may(
                 for copier in daemon.helpers("whisperd.audio.copier"):
                     copier.suspend()
                 source = {"kind": "fd", "name": "talk"}
-                pending.append(client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS))
+                pending.append(client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS))
                 client.call("hello")
             wait_until(lambda copies=copies: client.call("stats")["lanes"]["copy"]["active"] == copies)
             assert client.call("stats")["lanes"]["copy"]["waiting"] == 2 - copies
@@ -235,7 +198,7 @@ def test_descriptors_that_run_out_are_waited_for(
         process.rlimit(psutil.RLIMIT_NOFILE, (used + 1, hard))
         with recording().open("rb") as file:
             source = {"kind": "fd", "name": "talk"}
-            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS)
             wait_until(lambda: any("copier" in problem for problem in client.call("health")["problems"]))
         process.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
         assert client.reply(number)["ok"]
@@ -386,12 +349,14 @@ def test_a_stop_takes_ten_seconds_at_most_whatever_stands_still(
             helper.suspend()
         with recording().open("rb") as file:
             source = {"kind": "fd", "name": "talk"}
-            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS, key="kept")
+            number = client.send(
+                "submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS, key="kept"
+            )
         copier_of(daemon).resume()
         job = client.reply(number)["result"]["job"]
         copier_of(daemon).suspend()
         with recording().open("rb") as file:
-            refused = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+            refused = client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS)
         for _ in range(60):
             deaf.send("jobs", limit=200)
         waiting = client.send("result", job=job["id"], wait_s=None)
@@ -421,7 +386,7 @@ def test_a_copy_ends_with_its_client_unless_it_has_a_key(
             leaving = daemon.client()
             with recording().open("rb") as file:
                 source = {"kind": "fd", "name": "talk"}
-                leaving.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS, **params)
+                leaving.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS, **params)
             wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
             leaving.close()
             wait_until(lambda: client.call("stats")["connections"] == 1)
@@ -494,7 +459,7 @@ def test_a_person_who_holds_the_database_makes_it_wait_and_not_die(
         person.execute("BEGIN IMMEDIATE")
         with recording().open("rb") as file:
             source = {"kind": "fd", "name": "talk"}
-            number = client.send("submit", descriptors=[file.fileno()], source=source, options=OPTIONS)
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS)
         wait_until(lambda: "another program holds the database" in daemon.log())
         assert client.call("health")["queue"]["depth"] == 1
         person.execute("ROLLBACK")

@@ -7,27 +7,17 @@ import os
 import signal
 import socket
 import threading
-import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
-from tests.models import micro_checkpoint
-from tests.support import Daemon, RawClient, running_daemon, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, submit, wait_until
 from whisperd.protocol.errors import WhisperdError
 
-# No fallback through the temperatures, no end before its time: a window of the micro model takes 0.1 s.
-OPTIONS = {"language": "en", "temperature": 0, "condition_on_previous_text": False}
 MINUTE_S = 60
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -41,33 +31,6 @@ def shared(micro: Path) -> Iterator[Daemon]:
 def client(shared: Daemon) -> Iterator[RawClient]:
     with shared.client() as client:
         yield client
-
-
-@pytest.fixture
-def recording(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a recording nobody has had before, of so many seconds."""
-    rng = np.random.default_rng()
-
-    def write(seconds: float = 2.0) -> Path:
-        path = tmp_path / f"{rng.integers(1 << 62)}.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16_000)
-            file.writeframes(rng.integers(-3000, 3000, int(seconds * 16_000), dtype=np.int16).tobytes())
-        return path
-
-    return write
-
-
-def submit(client: RawClient, path: Path, **params: Any) -> dict[str, Any]:
-    return client.submit(path, **{"options": OPTIONS} | params)
-
-
-def error_of(call: Callable[[], Any]) -> str:
-    with pytest.raises(WhisperdError) as caught:
-        call()
-    return caught.value.code
 
 
 def events_until_end(client: RawClient, number: int) -> list[dict[str, Any]]:
@@ -167,7 +130,7 @@ def test_the_same_recording_is_transcribed_once(client: RawClient, recording: Ca
     assert len(texts) == 1
     with open(path, "rb") as file:
         later = client.call(
-            "submit", descriptors=[file.fileno()], source={"kind": "fd", "name": "another name"}, options=OPTIONS
+            "submit", descriptors=[file.fileno()], source={"kind": "fd", "name": "another name"}, options=PLAIN_OPTIONS
         )
     assert later["reused"]
     assert later["job"]["state"] == "done"
@@ -443,7 +406,7 @@ def test_a_memfd_at_its_end_is_read_from_its_beginning(client: RawClient, record
     fd = os.memfd_create("speech")
     os.write(fd, recording(2).read_bytes())
     fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
-    job = client.call("submit", descriptors=[fd], source={"kind": "fd", "name": ""}, options=OPTIONS)["job"]
+    job = client.call("submit", descriptors=[fd], source={"kind": "fd", "name": ""}, options=PLAIN_OPTIONS)["job"]
     os.close(fd)
     assert client.result(job["id"])["job"]["state"] == "done"
 
