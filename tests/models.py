@@ -46,7 +46,12 @@ def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: i
     one, the window's audio decides. What was said before, prompts and the position in the context change nothing.
     """
     path = folder / "micro.pt"
-    model = _planted(segments, words, seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine a team of threads waits for itself: 1 s alone, 20 s together
+    try:
+        model = _planted(segments, words, seed)
+    finally:
+        torch.set_num_threads(threads)
     weights = {name: value.half() for name, value in model.state_dict().items()}
     torch.save({"dims": vars(model.dims), "model_state_dict": weights}, path)
     return path
