@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from whisperd.audio.spoolfile import SpoolFile, storage_errors, sync_folder
-from whisperd.audio.task import Task, serve
+from whisperd.audio.spoolfile import SpoolFile
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Copied, CopyIn
 from whisperd.protocol.helpers import start
+from whisperd.protocol.spoolfolder import remove_folder, storage_errors, sync_folder
+from whisperd.protocol.tasks import Task, serve
 
 _CHUNK_BYTES = 2**20
 
@@ -46,8 +46,8 @@ def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Call
     """
     partial, final = spool / f"{folder}.partial", spool / folder
     # A copier that was killed in the middle leaves its partial folder, or the whole one that nobody heard of.
-    _remove(partial)
-    _remove(final)
+    remove_folder(partial)
+    remove_folder(final)
     try:
         with storage_errors():
             partial.mkdir(mode=0o700)
@@ -59,8 +59,8 @@ def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Call
             sync_folder(spool)
             return sha256, target.size_bytes
     except BaseException:
-        _remove(partial)
-        _remove(final)
+        remove_folder(partial)
+        remove_folder(final)
         raise
 
 
@@ -90,14 +90,6 @@ def _read(fd: int, buffer: bytearray, offset: int) -> int:
             ErrorCode.BAD_AUDIO,
             f"the recording cannot be read ({error.strerror}): check its disk, or copy it elsewhere",
         ) from None
-
-
-def _remove(folder: Path) -> None:
-    # What cannot be removed is swept when the daemon starts: no row names it.
-    with suppress(OSError):
-        for entry in os.scandir(folder):
-            os.unlink(entry)
-        folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import av.logging
 from whisperd.audio.limits import limit_job, limit_process
 from whisperd.audio.pcm import SAMPLE_BYTES, SAMPLE_RATE, Resampler
 from whisperd.audio.recording import Recording, bad_audio
-from whisperd.audio.spoolfile import SpoolFile, storage_errors, sync_folder
-from whisperd.audio.task import Task, serve
+from whisperd.audio.spoolfile import SpoolFile
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Decode, Decoded
 from whisperd.protocol.helpers import start
+from whisperd.protocol.spoolfolder import storage_errors, sync_folder
+from whisperd.protocol.tasks import Task, serve
 
 _WRITE_BYTES = 2**18
 

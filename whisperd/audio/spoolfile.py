@@ -1,15 +1,10 @@
-"""Files in the spool: written without getting in the database's way, made durable, and full disks told apart."""
+"""Files in the spool: written without getting in the database's way, and made durable."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 # Left alone, the kernel gathers hundreds of megabytes before it writes them, and a database commit that falls into
 # that burst waits for it. Writing every 8 MiB out as it comes, and waiting only for the 8 MiB before, keeps at most
@@ -19,23 +14,9 @@ from whisperd.protocol.errors import ErrorCode, WhisperdError
 _WRITE_OUT_BYTES = 8 * 2**20
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
-_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 _libc = ctypes.CDLL(None)
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turn a full disk (or quota, or file size limit) into `storage_full`; other errors pass as they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise WhisperdError(
-            ErrorCode.STORAGE_FULL, f"the disk of the spool is full ({error.strerror}): make room and try again"
-        ) from None
 
 
 class SpoolFile:
@@ -76,12 +57,3 @@ class SpoolFile:
     def sync(self) -> None:
         """Return once everything is on the disk. Raises `OSError`."""
         os.fsync(self._fd)
-
-
-def sync_folder(path: Path) -> None:
-    """Return once the folder's entries (new, renamed and removed names) are on the disk. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -66,6 +66,43 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """To a fetcher: download a video or an address (`source` as a Job shows it) to `<folder>/source`, hash it, make it
+    durable, answer `Fetched`. `uid` is the user whose cookies may be used.
+    """
+
+    run: int
+    generation: int
+    folder: str
+    source: dict[str, Any]
+    uid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """`title` is empty, and `duration_s` 0, where the site does not tell."""
+
+    run: int
+    generation: int
+    sha256: str
+    size_bytes: int
+    title: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchFailed:
+    """From a fetcher, in place of `Failed`. `transient`: trying again may help, but not before `wait_s`."""
+
+    run: int
+    generation: int
+    code: str
+    message: str
+    transient: bool
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transcribe:
     """To the model helper: transcribe `<folder>/audio.pcm` with these options (as `parse_options` returns them)."""
 
@@ -166,6 +203,9 @@ HelperMessage = (
     | Copied
     | Decode
     | Decoded
+    | Fetch
+    | Fetched
+    | FetchFailed
     | Transcribe
     | Prioritise
     | Segments

@@ -1,4 +1,4 @@
-"""What both audio helpers do alike: take one piece of work at a time, answer it, look out for `Cancel` meanwhile."""
+"""What the helpers that work on one thing at a time do alike: take it, answer it, look out for `Cancel` meanwhile."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.helper_messages import Cancel, CopyIn, Decode, Failed, HelperMessage, Progress
+from whisperd.protocol.helper_messages import Cancel, CopyIn, Decode, Failed, Fetch, HelperMessage, Progress
 from whisperd.protocol.helpers import HelperLink
 
 _CHECK_S = 0.05  # how often the inbox is looked at: well under the 2 s in which a Cancel must be answered
 _PROGRESS_S = 0.3
 
-Order = TypeVar("Order", CopyIn, Decode)
-log = logging.getLogger("whisperd.audio")
+Order = TypeVar("Order", CopyIn, Decode, Fetch)
+log = logging.getLogger("whisperd.helper")
 
 
 class Task:
     """One order at work: how it tells its progress and hears that it is no longer wanted."""
 
-    def __init__(self, link: HelperLink, order: CopyIn | Decode, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, link: HelperLink, order: CopyIn | Decode | Fetch, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._link = link
         self._order = order
         self._clock = clock

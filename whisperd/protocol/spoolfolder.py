@@ -1,0 +1,46 @@
+"""What every helper that writes into the spool needs: folders made durable or removed, and full disks told apart."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn a full disk (or quota, or file size limit) into `storage_full`; other errors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise WhisperdError(
+            ErrorCode.STORAGE_FULL, f"the disk of the spool is full ({error.strerror}): make room and try again"
+        ) from None
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the folder's entries (new, renamed and removed names) are on the disk. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of files, if it is there.
+
+    What cannot be removed is swept when the daemon starts: no row names it.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            os.unlink(entry)
+        folder.rmdir()
