@@ -19,12 +19,19 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
     "whisperd.__main__": ({"whisperd.daemon"}, set()),
     "whisperd.protocol": (set(), {"msgpack"}),
     "whisperd.daemon": ({"whisperd.protocol"}, {"click", "msgpack", "psutil"}),
+    "whisperd.fetch": ({"whisperd.protocol"}, {"yt_dlp"}),
     "whisperd.audio": ({"whisperd.protocol"}, {"av", "numpy"}),
     "whisperd.model": ({"whisperd.protocol"}, {"torch", "whisper", "numpy", "numba", "msgpack", "tiktoken", "tqdm"}),
     "whisperctl": ({"whisperd.protocol"}, {"click", "msgpack", "pysubs2"}),
 }
 # Each heavy library has one room that knows it.
-OWNERS = {"av": "whisperd.audio", "torch": "whisperd.model", "whisper": "whisperd.model", "sqlite3": "whisperd.daemon"}
+OWNERS = {
+    "av": "whisperd.audio",
+    "torch": "whisperd.model",
+    "whisper": "whisperd.model",
+    "sqlite3": "whisperd.daemon",
+    "yt_dlp": "whisperd.fetch",
+}
 
 
 def module_name(path: Path) -> str:
@@ -111,6 +118,10 @@ def test_the_daemon_is_light() -> None:
 @pytest.mark.parametrize("module", ["whisperd.audio.copier", "whisperd.audio.decoder"])
 def test_the_audio_helpers_know_no_model(module: str) -> None:
     assert not loaded(f"import {module}") & {"torch", "whisper", "sqlite3", "whisperd.daemon", "click"}
+
+
+def test_the_fetch_helper_knows_no_audio_and_no_model() -> None:
+    assert not loaded("import whisperd.fetch.fetcher") & {"torch", "whisper", "av", "whisperd.daemon", "click"}
 
 
 def test_every_folder_is_a_package() -> None:

@@ -1,0 +1,74 @@
+"""The fetch helper's process: one download at a time, for as long as its daemon lives."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from whisperd.protocol.errors import ErrorCode
+from whisperd.protocol.helper_messages import Fetch, Fetched, FetchFailed, HelperMessage
+from whisperd.protocol.helpers import start
+from whisperd.protocol.tasks import Task, serve
+
+log = logging.getLogger("whisperd.fetch")
+
+# Read when yt-dlp is imported: whatever code lies in somebody's plugin folder, it is not run here.
+os.environ["YTDLP_NO_PLUGINS"] = "1"
+# A library that connects in C, where the guard cannot look. yt-dlp uses it if it is there, and does without it.
+sys.modules["curl_cffi"] = None  # type: ignore[assignment]
+
+from whisperd.fetch.download import Fetcher, Settings  # noqa: E402
+from whisperd.fetch.explain import FetchError  # noqa: E402
+from whisperd.fetch.guard import Guard, is_anything, is_public  # noqa: E402
+from whisperd.fetch.runtime import describe, find_programs  # noqa: E402
+
+
+def main() -> None:
+    """Run the helper until its daemon ends."""
+    link = start("fetcher")
+    given: dict[str, Any] = dict(link.settings)
+    # A core would hold somebody's cookies.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    programs = find_programs()
+    allowed = is_anything if given.pop("fetch_allow_private") else is_public
+    guard = Guard(allowed=allowed, programs=programs.values())
+    guard.install()
+    about = describe(programs, datetime.date.today())
+    link.gauges = lambda: about
+    settings = Settings(**given | {"spool": Path(given["spool"]), "cache_dir": Path(given["cache_dir"])})
+    fetcher = Fetcher(settings, guard, programs)
+
+    def perform(task: Task, order: Fetch, descriptors: list[int]) -> HelperMessage:
+        try:
+            found = fetcher.fetch(order.source, uid=order.uid, folder=order.folder, checkpoint=task.checkpoint)
+        except FetchError as error:
+            if error.code == ErrorCode.CANCELLED:
+                raise
+            log.info("run=%d code=%s message=%s", order.run, error.code, error.message)
+            return FetchFailed(
+                run=order.run,
+                generation=order.generation,
+                code=error.code,
+                message=error.message,
+                transient=error.transient,
+                wait_s=error.wait_s,
+            )
+        return Fetched(
+            run=order.run,
+            generation=order.generation,
+            sha256=found.sha256,
+            size_bytes=found.size_bytes,
+            title=found.title,
+            duration_s=found.duration_s,
+        )
+
+    serve(link, Fetch, perform)
+
+
+if __name__ == "__main__":
+    main()
