@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -322,6 +323,20 @@ def test_a_newer_database_is_refused(tmp_path: Path) -> None:
     open_database(path).execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     with pytest.raises(StateError, match="newer"):
         open_database(path)
+
+
+def test_a_database_of_version_1_still_opens(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    shutil.copyfile(Path(__file__).with_name("data") / "queue-v1.sqlite3", path)
+    old = Book(tmp_path)
+    live, named = old.run(lambda db: STORE.recover(db, 2000.0))
+    assert [(job.id, job.state) for job in live.jobs] == [(3, JobState.QUEUED), (4, JobState.QUEUED)]
+    assert all(run.source is None and run.title is None and not run.fresh for run in live.runs)
+    assert named == {"folder-3", "folder-4", "folder-5", "folder-6"}
+    answer = old.run(lambda db: STORE.answer(db, 1, uid=1000))
+    assert answer.transcript is not None
+    assert old.story(1) == ["queued", "running", " Hello.", "done"]
+    assert path.with_name("queue.sqlite3.before-2").exists(), "the old one is kept beside it"
 
 
 @pytest.mark.parametrize("damage", [b"this is no database, whatever its name says. " * 100, None])

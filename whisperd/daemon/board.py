@@ -12,13 +12,15 @@ from whisperd.daemon.rows import Change, JobRow, RunRow
 from whisperd.daemon.scheduler import Turns, Waiting, in_order
 from whisperd.protocol.jobs import WAITING, Job, JobState, Priority
 
+_FIRST_PHASES = {JobState.PENDING: "waiting for its download", JobState.FETCHING: "downloading"}
+
 
 @dataclass(slots=True)
 class LiveRun:
     """A run that has not ended. `phase` is a few words for people, `done` of `total` its lane's own unit."""
 
     row: RunRow
-    phase: str = "waiting for decoding"
+    phase: str
     done: float = 0.0
     total: float = 0.0
     eta_s: float | None = None
@@ -51,8 +53,13 @@ class Board:
             elif (live := self.runs.get(run.id)) is not None:
                 live.row = run
             else:
-                self.runs[run.id] = LiveRun(run)
+                self.runs[run.id] = LiveRun(run, _FIRST_PHASES.get(run.state, "waiting for decoding"))
+        for run_id in change.gone_runs:
+            self.runs.pop(run_id, None)
         for job in change.jobs:
+            known = self.jobs.get(job.id)
+            if known is not None and known.run_id != job.run_id:  # its work was found to be another run's
+                self._leave(known)
             if job.state.ended:
                 self.jobs.pop(job.id, None)
                 self._leave(job)
@@ -112,7 +119,7 @@ class Board:
             state=job.state,
             priority=job.priority,
             uid=job.uid,
-            source=job.source,
+            source=job.source if run.title is None else {**job.source, "title": run.title},
             options=job.options,
             submitted_at=job.submitted_at,
             started_at=job.started_at,

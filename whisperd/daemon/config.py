@@ -134,10 +134,31 @@ class Config:
     fetch_allow_private: bool = _setting(
         False, "Allow addresses of private, loopback and link-local networks, also after redirects."
     )
+    fetch_cookies: str = _setting(
+        "",
+        "Folder of cookie files (Netscape format), one a user: `UID.txt` or `NAME.txt`. They are read, never written, "
+        "and used for that user's downloads alone. Empty: no cookies.",
+    )
+    fetchers: int = _setting(2, "Processes that download, one recording at a time each.", low=1, high=64)
+    fetch_timeout_s: float = _setting(120.0, "Seconds without a byte after which a download is given up.", low=1)
+    fetch_limit_s: float = _setting(7200.0, "Seconds that one download may take in all.", low=1)
+    fetch_ahead_bytes: int = _setting(
+        2 * 2**30, "Bytes of downloaded audio waiting for the model beyond which background downloads wait.", low=1
+    )
+    fetch_backoff_s: float = _setting(
+        10.0, "Seconds before a download that failed for the moment is tried again; three times, tripling.", low=0.01
+    )
+    fetch_rest_s: float = _setting(
+        900.0,
+        "Seconds that all downloads rest once a site has had too many requests and does not say how long to wait.",
+        low=0.01,
+    )
 
     # --- copying and decoding ---
     max_audio_s: float = _setting(43200.0, "Longest recording in seconds; a longer one fails as `too_long`.", low=1)
-    max_source_bytes: int = _setting(16 * 2**30, "Largest file in bytes; a larger one fails as `too_large`.", low=1)
+    max_source_bytes: int = _setting(
+        16 * 2**30, "Largest file, copied or downloaded, in bytes; a larger one fails as `too_large`.", low=1
+    )
     copiers: int = _setting(4, "Processes that copy files in.", low=1, high=64)
     copies_per_user: int = _setting(2, "Copies of one user at a time (admins exempt).", low=1, high=64)
     copy_timeout_s: float = _setting(120.0, "Seconds without a byte after which a copy is given up.", low=1)

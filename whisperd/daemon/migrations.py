@@ -87,4 +87,13 @@ MIGRATIONS: tuple[str, ...] = (
         payload BLOB NOT NULL          -- msgpack, as replies splice it
     ) STRICT;
     """,
+    """
+    -- Runs that begin with a download. Until it is there, `sha256` is empty and `share_key` equals `source_key`.
+    ALTER TABLE runs ADD COLUMN source BLOB;            -- msgpack: what to download; NULL for a file
+    ALTER TABLE runs ADD COLUMN source_key BLOB;        -- user, address, options and model: equal keys are equal work
+    ALTER TABLE runs ADD COLUMN fresh INTEGER NOT NULL DEFAULT 0;   -- computed anew, whatever is known already
+    ALTER TABLE runs ADD COLUMN fetch_failures INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN title TEXT;
+    CREATE INDEX runs_source_key ON runs (source_key) WHERE source_key IS NOT NULL;
+    """,
 )

@@ -30,6 +30,11 @@ class RunRow:
     starts: int
     segments: int
     deaths: int
+    source: Mapping[str, Any] | None  # what to download; None for a file
+    source_key: bytes | None
+    fresh: bool
+    fetch_failures: int
+    title: str | None
     created_at: float
     ended_at: float | None
     audio_expires_at: float | None
@@ -69,7 +74,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """What `Store.accept` makes a job of, once the audio is durable in the spool."""
+    """What `Store.accept` makes a job of: audio that is durable in the spool, or what is to be downloaded.
+
+    Of the latter `source_key` is set, and `folder`, `sha256` and `size_bytes` say nothing yet.
+    """
 
     uid: int
     priority: Priority
@@ -80,9 +88,10 @@ class NewJob:
     fresh: bool
     fingerprint: bytes
     share_key: bytes
-    folder: str
+    folder: str | None
     sha256: str
     size_bytes: int
+    source_key: bytes | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,14 +110,14 @@ class Change:
 
 
 _BLOBS = {"source", "options"}
-_BOOLEANS = {"decoded", "truncated", "attached"}
+_BOOLEANS = {"decoded", "truncated", "attached", "fresh"}
 
 
 def _values(kind: type[Any], row: sqlite3.Row) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for column in fields(kind):
         value = row[column.name]
-        if column.name in _BLOBS:
+        if column.name in _BLOBS and value is not None:
             value = unpack(value)
         elif column.name in _BOOLEANS:
             value = bool(value)

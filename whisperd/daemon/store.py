@@ -17,6 +17,7 @@ from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import ENDED, JobState, check_move
 
 DAY_S = 86_400
+MAX_FETCH_RETRIES = 3
 _ENDED_SQL = "('done', 'failed', 'cancelled')"
 
 
@@ -121,7 +122,7 @@ class Store:
         for run in self._runs(db, "state = 'running'"):
             self._put_back(db, change, run)
         for run in self._runs(db, "state = 'fetching'"):
-            self._move_run(db, change, run, JobState.PENDING, now)
+            self._unfetch(db, change, run, now)
         live = Change(runs=self._runs(db, f"state NOT IN {_ENDED_SQL}"), events=change.events)
         live.jobs = [job_row(row) for row in _all(db, f"SELECT * FROM jobs WHERE state NOT IN {_ENDED_SQL}")]
         named = {row["folder"] for row in _all(db, "SELECT folder FROM runs WHERE folder IS NOT NULL")}
@@ -141,23 +142,78 @@ class Store:
                 raise key_conflict(new.key)
             change.job, change.reused = self.job(db, known["job_id"], uid=None), True
             change.run = self._run(db, change.job.run_id)
-            change.folders.append(new.folder)
+            if new.folder is not None:
+                change.folders.append(new.folder)
             return change
-        run = None if new.fresh else self._shareable_run(db, new.share_key)
+        run = None if new.fresh else self._shareable_run(db, new)
         change.reused = run is not None
         if run is None:
             run = self._insert_run(db, new, now)
             change.runs.append(run)
-        else:
+        elif new.folder is not None:
             change.folders.append(new.folder)
         job = self._insert_job(db, new, run, now)
-        self._add_event(db, change, job, "state", {"state": JobState.QUEUED})
+        self._add_event(db, change, job, "state", {"state": job.state})
         job = self._catch_up(db, change, job, run, now)
         if new.key is not None:
             db.execute(
                 "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, NULL)", (new.uid, new.key, job.id, new.fingerprint)
             )
         change.job, change.run = job, self._run(db, run.id)
+        return change
+
+    def fetch_started(self, db: sqlite3.Connection, run_id: int, folder: str, now: float) -> Change:
+        """Move a pending run to `fetching`. Each try has a folder of its own: what an earlier one left is swept.
+
+        Empty when the run has ended meanwhile.
+        """
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is not None and run.state is JobState.PENDING:
+            db.execute("UPDATE runs SET folder = ? WHERE id = ?", (folder, run_id))
+            self._move_run(db, change, run, JobState.FETCHING, now)
+        return change
+
+    def fetched(
+        self,
+        db: sqlite3.Connection,
+        run_id: int,
+        now: float,
+        *,
+        sha256: str,
+        size_bytes: int,
+        title: str | None,
+        share_key: bytes,
+    ) -> Change:
+        """Move a run to `queued`: its audio is in its folder. Work that is known by now takes its jobs over."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state is not JobState.FETCHING:
+            return change
+        known = None if run.fresh else self._run_with(db, "share_key", share_key)
+        if known is not None:
+            self._hand_over(db, change, run, known, now)
+            return change
+        db.execute(
+            "UPDATE runs SET sha256 = ?, size_bytes = ?, title = ?, share_key = ? WHERE id = ?",
+            (sha256, size_bytes, title, share_key, run_id),
+        )
+        self._move_run(db, change, run, JobState.QUEUED, now)
+        return change
+
+    def fetch_failed(
+        self, db: sqlite3.Connection, run_id: int, error: WhisperdError, now: float, *, counts: bool = True
+    ) -> Change:
+        """Return a run to `pending`, to be downloaded again; one failure too many (those that count) fails it."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state is not JobState.FETCHING:
+            return change
+        if counts and run.fetch_failures >= MAX_FETCH_RETRIES:
+            self._move_run(db, change, run, JobState.FAILED, now, error=error)
+            return change
+        db.execute("UPDATE runs SET fetch_failures = fetch_failures + ? WHERE id = ?", (counts, run_id))
+        self._unfetch(db, change, run, now)
         return change
 
     def decoded(self, db: sqlite3.Connection, run_id: int, *, audio_s: float, truncated: bool) -> Change:
@@ -229,6 +285,8 @@ class Store:
                 return change
         if run.state is JobState.RUNNING:
             self._put_back(db, change, run)
+        elif run.state is JobState.FETCHING:
+            self._unfetch(db, change, run, now)
         else:
             change.runs = [self._run(db, run_id)]
         return change
@@ -293,17 +351,56 @@ class Store:
         run = self._find_run(db, run_id)
         return Change(runs=[] if run is None else [run])
 
-    def _shareable_run(self, db: sqlite3.Connection, share_key: bytes) -> RunRow | None:
-        rows = self._runs(
-            db, "share_key = ? AND state NOT IN ('failed', 'cancelled') ORDER BY id DESC LIMIT 1", share_key
-        )
+    def _shareable_run(self, db: sqlite3.Connection, new: NewJob) -> RunRow | None:
+        if new.source_key is not None:
+            return self._run_with(db, "source_key", new.source_key)
+        return self._run_with(db, "share_key", new.share_key)
+
+    def _run_with(self, db: sqlite3.Connection, column: str, key: bytes) -> RunRow | None:
+        """Return the newest run with a key that did not end in vain."""
+        rows = self._runs(db, f"{column} = ? AND state NOT IN ('failed', 'cancelled') ORDER BY id DESC LIMIT 1", key)
         return rows[0] if rows else None
+
+    def _hand_over(self, db: sqlite3.Connection, change: Change, run: RunRow, known: RunRow, now: float) -> None:
+        """Give a downloaded run's jobs to the run that does the same work already, and drop it."""
+        change.reused = True
+        for job in self._live_jobs(db, run.id):
+            job = self._move_job(db, change, job, JobState.QUEUED, now)
+            db.execute("UPDATE jobs SET run_id = ? WHERE id = ?", (known.id, job.id))
+            self._catch_up(db, change, self.job(db, job.id, uid=None), known, now)
+        # Jobs that were cancelled meanwhile keep their row, and with it a run.
+        db.execute("UPDATE jobs SET run_id = ? WHERE run_id = ?", (known.id, run.id))
+        db.execute(
+            "UPDATE runs SET source_key = ?, title = coalesce(title, ?) WHERE id = ? AND source_key IS NULL",
+            (run.source_key, run.title, known.id),
+        )
+        self._release_audio(db, change, run)
+        db.execute("DELETE FROM runs WHERE id = ?", (run.id,))
+        change.runs.append(self._run(db, known.id))
+        change.gone_runs.append(run.id)
+
+    def _unfetch(self, db: sqlite3.Connection, change: Change, run: RunRow, now: float) -> None:
+        """`fetching` → `pending`. What was downloaded is not used again: the next try may be sent something else."""
+        self._release_audio(db, change, run)
+        self._move_run(db, change, run, JobState.PENDING, now)
 
     def _insert_run(self, db: sqlite3.Connection, new: NewJob, now: float) -> RunRow:
         cursor = db.execute(
-            """INSERT INTO runs (uid, state, share_key, folder, sha256, size_bytes, options, created_at)
-               VALUES (?, 'queued', ?, ?, ?, ?, ?, ?)""",
-            (new.uid, new.share_key, new.folder, new.sha256, new.size_bytes, pack(new.options), now),
+            """INSERT INTO runs (uid, state, share_key, folder, sha256, size_bytes, options, source, source_key, fresh,
+               created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            (
+                new.uid,
+                _first_state(new),
+                new.share_key,
+                new.folder,
+                new.sha256,
+                new.size_bytes,
+                pack(new.options),
+                None if new.source_key is None else pack(new.source),
+                new.source_key,
+                new.fresh,
+                now,
+            ),
         )
         assert cursor.lastrowid is not None
         return self._run(db, cursor.lastrowid)
@@ -311,10 +408,11 @@ class Store:
     def _insert_job(self, db: sqlite3.Connection, new: NewJob, run: RunRow, now: float) -> JobRow:
         cursor = db.execute(
             """INSERT INTO jobs (run_id, uid, state, priority, attached, key, source, options, submitted_at)
-               VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?)""",
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
             (
                 run.id,
                 new.uid,
+                _first_state(new),
                 new.priority,
                 new.attached,
                 new.key,
@@ -328,6 +426,10 @@ class Store:
 
     def _catch_up(self, db: sqlite3.Connection, change: Change, job: JobRow, run: RunRow, now: float) -> JobRow:
         """Bring a new job to where its run is: running or done, with the segments so far."""
+        if job.state is JobState.PENDING and run.state is not JobState.DONE:
+            step = JobState.FETCHING if run.state is JobState.FETCHING else JobState.QUEUED
+            if run.state is not JobState.PENDING:
+                job = self._move_job(db, change, job, step, now)
         if run.state is JobState.RUNNING:
             job = self._move_job(db, change, job, JobState.RUNNING, now)
         for row in _all(
@@ -367,7 +469,9 @@ class Store:
         db.execute("UPDATE runs SET state = ? WHERE id = ?", (state, run.id))
         if state in ENDED:
             db.execute("UPDATE runs SET ended_at = ? WHERE id = ?", (now, run.id))
-            if state is not JobState.DONE:
+            if run.sha256 == "":  # nothing has been downloaded, or not all of it
+                self._release_audio(db, change, run)
+            elif state is not JobState.DONE:
                 expires = now + self._retention.failed_audio_s
                 db.execute("UPDATE runs SET audio_expires_at = ? WHERE id = ?", (expires, run.id))
         for job in live:
@@ -438,6 +542,10 @@ class Store:
             for table, column in (("segments", "run_id"), ("transcripts", "run_id"), ("runs", "id")):
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (job.run_id,))
             change.gone_runs.append(job.run_id)
+
+
+def _first_state(new: NewJob) -> JobState:
+    return JobState.QUEUED if new.source_key is None else JobState.PENDING
 
 
 def key_conflict(key: str) -> WhisperdError:
