@@ -8,6 +8,7 @@ are computed again when their windows are asked for. Every value is bit for bit 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -87,10 +88,12 @@ class FileMel:
 
     def scan(self) -> None:
         """First pass: find the loudest bin of the file, a block at a time (others get their turn in between)."""
-        loudest = []
+        loudest = -math.inf
         for index in range(self._block_count):
-            loudest.append(self._worker.call(self._turn, lambda index=index: self._block(index).max()))  # type: ignore[misc]
-        self._floor = torch.stack(loudest).max() - 8.0
+            # A plain number: a tensor kept of each block would lie between the blocks' memory and hold all of it.
+            value = self._worker.call(self._turn, lambda index=index: self._block(index).max().item())  # type: ignore[misc]
+            loudest = max(loudest, value)
+        self._floor = torch.tensor(loudest) - 8.0
 
     def __getitem__(self, key: tuple[slice, slice]) -> MelWindow:
         start, stop, _ = key[1].indices(self.shape[1])
