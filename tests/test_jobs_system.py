@@ -412,12 +412,8 @@ def test_a_memfd_at_its_end_is_read_from_its_beginning(client: RawClient, record
 
 
 def test_what_this_version_does_not_do_is_said(client: RawClient) -> None:
-    for source, code in (
-        ({"kind": "video", "id": "dQw4w9WgXcQ"}, "fetch_failed"),
-        ({"kind": "url", "url": "https://example.org/talk"}, "fetch_failed"),
-        ({"kind": "upload", "name": "x", "size_bytes": 5}, "bad_request"),
-    ):
-        assert error_of(lambda source=source: client.call("submit", source=source)) == code
+    source = {"kind": "upload", "name": "x", "size_bytes": 5}
+    assert error_of(lambda: client.call("submit", source=source)) == "bad_request"
 
 
 def test_a_broken_client_hurts_only_itself(client: RawClient, shared: Daemon) -> None:

@@ -61,9 +61,10 @@ def open_database(path: Path) -> sqlite3.Connection:
             )
         if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check found damage")
+        if 0 < version < len(MIGRATIONS):
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the copy is of the file alone
+            _back_up(path, version)
         for number in range(version, len(MIGRATIONS)):
-            if number > 0:
-                _back_up(path, number)
             connection.executescript(
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
             )

@@ -14,6 +14,7 @@ from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.database import Database, StateError
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
+from whisperd.daemon.lanes.fetching import FetchLane
 from whisperd.daemon.lanes.modelling import ModelLane
 from whisperd.daemon.lanes.pool import Pool
 from whisperd.daemon.ledger import Ledger
@@ -75,20 +76,35 @@ class House:
             loop,
         )
         self.modelling = ModelLane(loop, config, self.ledger, env)
+        self.fetching = FetchLane(
+            lambda freed: self._pool("fetcher", config.fetchers, config.fetch_timeout_s, env, freed),
+            self.ledger,
+            loop,
+            config,
+            lambda: self.modelling.identity,
+        )
+        self.accepting = dict.fromkeys(Priority, 0)  # admitted, and on their way to the disk
         self.ledger.changed = self._changed
 
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
         config = self.config
-        settings = {"spool": str(self.ledger.spool.path)}
+        settings: dict[str, Any] = {"spool": str(self.ledger.spool.path)}
+        if role == "fetcher":
+            settings["cache_dir"] = str(config.cache_dir)
         names = {
             "copier": ("max_source_bytes",),
             "decoder": ("max_audio_s", "decode_cpu_s", "decode_memory_mb"),
+            "fetcher": (
+                *("fetch_extractors", "fetch_allow_private", "fetch_cookies", "fetch_timeout_s", "fetch_limit_s"),
+                *("max_source_bytes", "max_audio_s", "min_free_bytes"),
+            ),
         }
+        package = "fetch" if role == "fetcher" else "audio"
         return Pool(
             self.loop,
             config,
             role=role,
-            module=f"whisperd.audio.{role}",
+            module=f"whisperd.{package}.{role}",
             size=size,
             silent_s=silent_s,
             settings=settings | {name: getattr(config, name) for name in names[role]},
@@ -135,17 +151,19 @@ class House:
         """End the helpers; running work returns to the queue, copies are refused."""
         self.stopping = True
         self.copying.stop()
+        self.fetching.stop()
         self.decoding.stop()
         self.modelling.stop()
 
     def helpers_left(self) -> int:
         """Return how many helper processes have not ended."""
-        pools = len(self.copying.pool.helpers) + len(self.decoding.pool.helpers)
+        pools = sum(len(lane.pool.helpers) for lane in (self.copying, self.fetching, self.decoding))
         return pools + (self.modelling.helper is not None)
 
     def _changed(self, change: Change) -> None:
         if self.stopping:
             return
+        self.fetching.changed(change)
         self.decoding.changed(change)
         self.modelling.changed(change)
 
@@ -219,7 +237,8 @@ class House:
     def waiting(self) -> dict[Priority, int]:
         """Return how many places of the queue are taken, by priority: waiting jobs and copies under way."""
         copies = self.copying.counts()
-        return {priority: count + copies[priority] for priority, count in self.board.waiting_jobs().items()}
+        waiting = self.board.waiting_jobs()
+        return {priority: waiting[priority] + copies[priority] + self.accepting[priority] for priority in Priority}
 
     def refuse_when_stopping(self) -> None:
         """Raise `stopping` once the daemon stops: nothing is begun any more."""
@@ -246,7 +265,7 @@ class House:
 
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do."""
-        found = [self.copying.pool.problem, self.decoding.problem]
+        found = [self.copying.pool.problem, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
         if self.modelling.held and not self.stopping:

@@ -53,6 +53,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
                 "waiting": house.copying.waiting,
                 "failed": house.copying.failed,
             },
+            "fetch": house.fetching.show(),
             "decode": {
                 "active": sum(house.decoding.pool.busy.values()),
                 "waiting": house.decoding.waiting,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -11,10 +10,12 @@ from typing import Any
 
 from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
+from whisperd.daemon.keys import digest, share_key
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.rows import Change, NewJob, about, pack
+from whisperd.daemon.rows import Change, NewJob, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.store import key_conflict
+from whisperd.daemon.submitting_fetch import submit_fetch
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied
@@ -32,11 +33,9 @@ def submit(house: House, peer: Peer, params: Submit, descriptors: list[int], rep
     if isinstance(params.source, UploadSource):
         raise bad_request("source: this version takes files as descriptors (kind 'fd'), not as an upload")
     if not isinstance(params.source, FileSource):
-        raise WhisperdError(
-            ErrorCode.FETCH_FAILED,
-            "this version does not download yet: download the file and submit that, "
-            "or pipe it into `whisperctl submit -`",
-        )
+        check_traits(params.options, house.modelling.traits)
+        submit_fetch(house, peer, params, reply, fail)
+        return
     size_bytes = check_descriptors(descriptors, max_bytes=house.config.max_source_bytes)
     check_traits(params.options, house.modelling.traits)
     _Submission(house, peer, params, descriptors.pop(), size_bytes, reply, fail).begin()
@@ -165,7 +164,7 @@ class _Submission:
 
     def _early_fingerprint(self) -> bytes:
         """What is known of the source before it is copied; the first half of `fingerprint`."""
-        return _digest([self._source["kind"], self._size_bytes, dict(self._params.options)])
+        return digest([self._source["kind"], self._size_bytes, dict(self._params.options)])
 
     def _copied(self, copied: Copied) -> None:
         params, house = self._params, self._house
@@ -179,7 +178,7 @@ class _Submission:
             source=self._source,
             options=params.options,
             fresh=params.fresh,
-            fingerprint=self._early_fingerprint() + _digest([copied.sha256]),
+            fingerprint=self._early_fingerprint() + digest([copied.sha256]),
             share_key=self._share_key(copied),
             folder=copy.folder,
             sha256=copied.sha256,
@@ -204,10 +203,5 @@ class _Submission:
         house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)
 
     def _share_key(self, copied: Copied) -> bytes:
-        everyone = self._house.config.share_results == "everyone"
-        owner = "everyone" if everyone else self._peer.uid
-        return _digest([owner, copied.sha256, dict(self._params.options), self._house.modelling.identity])
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.sha256(pack(value)).digest()
+        house = self._house
+        return share_key(house.config, self._peer.uid, copied.sha256, self._params.options, house.modelling.identity)

@@ -110,6 +110,11 @@ _RULES: tuple[_Rule, ...] = (
         f"it needs an account: {_COOKIES}",
     ),
     _rule(
+        r"Unsupported URL|No media found|no suitable (extractor|InfoExtractor)|extracted extension .* is unusual",
+        ErrorCode.FETCH_UNAVAILABLE,
+        "there is nothing to hear at that address that yt-dlp knows: give the address of the recording itself",
+    ),
+    _rule(
         r"Cloudflare|anti-bot",
         ErrorCode.FETCH_BLOCKED,
         f"the site lets no programs in: {_ELSEWHERE}",
@@ -119,11 +124,6 @@ _RULES: tuple[_Rule, ...] = (
         r"Only images are available|JavaScript runtime|Unable to extract|Failed to (extract|parse)|please report",
         ErrorCode.FETCH_FAILED,
         f"the site has changed, or a JavaScript runtime is missing (pip install deno): {_NEWER}",
-    ),
-    _rule(
-        r"Unsupported URL|No media found|no suitable (extractor|InfoExtractor)",
-        ErrorCode.FETCH_UNAVAILABLE,
-        "there is nothing to hear at that address that yt-dlp knows: give the address of the recording itself",
     ),
     _rule(
         r"timed? ?out|Temporary failure in name resolution|Name or service not known|getaddrinfo|resolve host|"

@@ -81,6 +81,7 @@ class Pool:
         self._stopping = False
         self.problem: str | None = None
         self.failures = 0
+        self.gauges: dict[str, Any] = {}  # as the last helper that spoke gave them
 
     @property
     def size(self) -> int:
@@ -176,7 +177,10 @@ class Pool:
     def _on_message(self, helper: Helper, message: HelperMessage) -> None:
         self._failed_starts = 0
         worker = self._worker(helper)
-        if worker is None or worker.task is None or isinstance(message, Heartbeat):
+        if isinstance(message, Heartbeat):
+            self.gauges = message.gauges
+            return
+        if worker is None or worker.task is None:
             return
         task = worker.task
         if (getattr(message, "run", None), getattr(message, "generation", None)) != (task.run, task.generation):

@@ -1,0 +1,109 @@
+"""A web server on loopback for downloads: plain media, and all that goes wrong with them, by the path asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 16 * 1024
+
+
+class MediaServer:
+    """Serves one recording under every name; what comes before the name says how.
+
+    `/talk.wav` at once · `/slow/…` as `go_on` allows: the first 64 KiB, the rest once it is set · `/cut/…` the first
+    half, as long as it has not been asked for the rest · `/always-cut/…` · `/status/404/…` · `/limited/7/…` 429 with
+    that Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path.
+    """
+
+    def __init__(self, recording: Path) -> None:
+        self.content = recording.read_bytes()
+        self.asked: Counter[str] = Counter()
+        self.go_on = threading.Event()
+        self.limited = True
+        self._lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                with server._lock:
+                    server.asked[self.path] += 1
+                server._answer(self, *self.path.split("/")[1:])
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Say nothing."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.port = self._http.server_port
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+    def close(self) -> None:
+        self.go_on.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _answer(self, request: BaseHTTPRequestHandler, how: str, *rest: str) -> None:
+        match how, *rest:
+            case "status", code, _:
+                self._refuse(request, int(code))
+            case "limited", seconds, _ if self.limited:
+                self._refuse(request, 429, ("Retry-After", seconds))
+            case "once-500", _ if self.asked[request.path] == 1:
+                self._refuse(request, 500)
+            case "redirect", host, name:
+                self._refuse(request, 302, ("Location", f"http://{host}:{self.port}/{name}"))
+            case _:
+                self._send(request, how)
+
+    def _refuse(self, request: BaseHTTPRequestHandler, code: int, *headers: tuple[str, str]) -> None:
+        request.send_response(code)
+        for name, value in (*headers, ("Content-Length", "0")):
+            request.send_header(name, value)
+        request.end_headers()
+
+    def _send(self, request: BaseHTTPRequestHandler, how: str) -> None:
+        start = 0
+        asked = request.headers.get("Range", "")
+        if asked.startswith("bytes=") and how != "always-cut":
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+        request.send_response(206 if start else 200)
+        request.send_header("Content-Type", "text/html" if request.path.endswith(".html") else "audio/x-wav")
+        request.send_header("Accept-Ranges", "bytes")
+        request.send_header("Content-Length", str(len(self.content) - start))
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        request.end_headers()
+        end = len(self.content)
+        if how == "always-cut" or (how == "cut" and start == 0):
+            end = len(self.content) // 2
+        try:
+            for offset in range(start, end, _CHUNK_BYTES):
+                if how == "slow" and offset >= 4 * _CHUNK_BYTES:
+                    self.go_on.wait()
+                request.wfile.write(self.content[offset : min(end, offset + _CHUNK_BYTES)])
+        except OSError:  # it has had enough
+            pass
+        if end < len(self.content):
+            request.close_connection = True
+
+
+@contextmanager
+def serving(recording: Path) -> Iterator[MediaServer]:
+    """Serve a recording for a `with` block."""
+    server = MediaServer(recording)
+    try:
+        yield server
+    finally:
+        server.close()

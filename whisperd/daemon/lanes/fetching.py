@@ -1,0 +1,297 @@
+"""The fetch lane: a video or an address becomes a durable file in the spool, a little ahead of the model."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from whisperd.daemon.board import LiveRun
+from whisperd.daemon.config import Config
+from whisperd.daemon.keys import share_key
+from whisperd.daemon.lanes.pool import Loss, Pool, Task
+from whisperd.daemon.ledger import Ledger, StoreCall
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.rows import Change
+from whisperd.daemon.scheduler import Turns, pick
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.helper_messages import Failed, Fetch, Fetched, FetchFailed, HelperMessage, Progress
+from whisperd.protocol.jobs import JobState, Priority
+
+log = logging.getLogger("whisperd.lanes")
+
+_FULL_DISK_REST_S = 10.0
+_TRY_AGAIN_S = 1.0
+_BACKOFF_FACTOR = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rest:
+    """Why no download is begun, and until when (Unix seconds)."""
+
+    reason: str
+    until: float
+
+
+class FetchLane:
+    """Downloads pending runs by priority and in turns."""
+
+    def __init__(
+        self,
+        make_pool: Callable[[Callable[[], None]], Pool],
+        ledger: Ledger,
+        loop: Loop,
+        config: Config,
+        model: Callable[[], Sequence[Any]],
+    ) -> None:
+        self.pool = make_pool(self.pump)
+        self._ledger, self._loop, self._config, self._model = ledger, loop, config, model
+        self._turns = Turns()
+        self._generations = itertools.count(1)
+        self._active: dict[int, Priority] = {}  # from the commit of the start to that of the end
+        self._backing_off: set[int] = set()
+        self._rest: _Rest | None = None
+        self._stopping = False
+        self.failed = 0
+
+    # -- what others read ----------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Runs that wait for their download, whatever they wait for."""
+        runs = self._ledger.board.runs.values()
+        return sum(run.row.state is JobState.PENDING for run in runs)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the lane stands still, for `health`."""
+        if self._rest is None:
+            return self.pool.problem
+        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._rest.until))
+        return f"downloads rest until {until}: {self._rest.reason}"
+
+    def show(self) -> dict[str, Any]:
+        """Return the lane as `stats` shows it. What is known of yt-dlp comes from a helper, once there is one."""
+        about = {"yt_dlp": None, "yt_dlp_age_days": None, "js_runtime": None} | self.pool.gauges
+        return {
+            "active": len(self._active),
+            "waiting": self.waiting,
+            "failed": self.failed,
+            "rests_until": None if self._rest is None else self._rest.until,
+            **about,
+        }
+
+    # -- giving out work -------------------------------------------------------------------------------------------
+
+    def changed(self, change: Change) -> None:
+        """Look at what a commit changed: give up runs that ended, start what came."""
+        for run in change.runs:
+            if run.state.ended and run.id in self._active:
+                self.pool.cancel(run.id)
+        self.pump()
+
+    def stop(self) -> None:
+        """End the fetchers; their runs are downloaded anew after the next start."""
+        self._stopping = True
+        self.pool.stop()
+
+    def pump(self) -> None:
+        """Start what may start."""
+        while self._rest is None and not self._stopping:
+            waiting = self._ledger.board.waiting(self._candidates())
+            busy = dict.fromkeys(Priority, 0) | Counter(self._active.values())
+            chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=busy)
+            if chosen is None:
+                return
+            self._turns.serve(chosen.priority, chosen.uid)
+            self._start(chosen.id, chosen.priority)
+
+    def _candidates(self) -> list[LiveRun]:
+        board = self._ledger.board
+        ahead_bytes = sum(
+            run.row.size_bytes
+            for run in board.runs.values()
+            if run.row.state is JobState.QUEUED and run.row.source is not None
+        )
+        room = ahead_bytes < self._config.fetch_ahead_bytes
+        return [
+            run
+            for run in board.runs.values()
+            if run.row.state is JobState.PENDING
+            and run.row.id not in self._active
+            and run.row.id not in self._backing_off
+            and (room or board.priority(run.row.id) is Priority.INTERACTIVE)
+        ]
+
+    def _start(self, run_id: int, priority: Priority) -> None:
+        self._active[run_id] = priority
+        store, folder = self._ledger.store, self._ledger.spool.new_folder()
+
+        def then(change: Change) -> None:
+            live = self._ledger.board.runs.get(run_id)
+            if not change.runs or live is None or self._stopping:  # cancelled meanwhile, or all stops
+                self._active.pop(run_id, None)
+                self.pump()
+                return
+            live.phase = "downloading"
+            self._hand_out(live, folder, priority)
+
+        def failed(error: WhisperdError) -> None:
+            self._active.pop(run_id, None)
+            self._rest_for(_FULL_DISK_REST_S, error.message)
+
+        self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed)
+
+    def _hand_out(self, live: LiveRun, folder: str, priority: Priority) -> None:
+        row, generation = live.row, next(self._generations)
+        self.pool.run(
+            Task(
+                run=row.id,
+                generation=generation,
+                priority=priority,
+                message=Fetch(
+                    run=row.id, generation=generation, folder=folder, source=dict(row.source or {}), uid=row.uid
+                ),
+                progressed=lambda progress: self._progressed(row.id, progress),
+                done=lambda message: self._answered(live, folder, message),
+                lost=lambda loss: self._lost(row.id, loss),
+            )
+        )
+
+    # -- what the helpers say --------------------------------------------------------------------------------------
+
+    def _progressed(self, run_id: int, progress: Progress) -> None:
+        live = self._ledger.board.runs.get(run_id)
+        if live is None:
+            return
+        live.phase = _downloading(progress)
+        self._tell(live)
+
+    def _tell(self, live: LiveRun) -> None:
+        for job in self._ledger.board.jobs_of(live.row.id):
+            if self._ledger.watchers.watched(job.id):
+                payload = {"progress": 0.0, "phase": live.phase, "position": None, "eta_s": None}
+                self._ledger.watchers.publish_progress(job.id, payload)
+
+    def _answered(self, live: LiveRun, folder: str, message: HelperMessage) -> None:
+        run_id, store = live.row.id, self._ledger.store
+        match message:
+            case Fetched():
+                found = message
+                key = share_key(self._config, live.row.uid, found.sha256, live.row.options, self._model())
+                self._settle(
+                    run_id,
+                    lambda db, now: store.fetched(
+                        db,
+                        run_id,
+                        now,
+                        sha256=found.sha256,
+                        size_bytes=found.size_bytes,
+                        title=found.title or None,
+                        share_key=key,
+                    ),
+                    "waiting for decoding",
+                )
+            case FetchFailed():
+                self._failed(live, message)
+            case Failed(code=ErrorCode.CANCELLED):
+                # The folder was doomed when the run ended; the helper may have made it after that.
+                self._ledger.spool.remove(folder)
+                self._active.pop(run_id, None)
+            case Failed():
+                self.failed += 1
+                error = WhisperdError(message.code, message.message)
+                self._settle(run_id, lambda db, now: store.fail(db, run_id, error, now), "failed")
+
+    def _failed(self, live: LiveRun, message: FetchFailed) -> None:
+        run_id, store = live.row.id, self._ledger.store
+        error = WhisperdError(message.code, message.message)
+        self.failed += 1
+        if not message.transient:
+            self._settle(run_id, lambda db, now: store.fail(db, run_id, error, now), "failed")
+        elif message.code == ErrorCode.STORAGE_FULL:
+            self._rest_for(_FULL_DISK_REST_S, message.message)
+            self._settle(
+                run_id,
+                lambda db, now: store.fetch_failed(db, run_id, error, now, counts=False),
+                "waiting for room on the disk",
+            )
+        elif message.code == ErrorCode.FETCH_RATE_LIMITED:
+            self._rest_for(message.wait_s or self._config.fetch_rest_s, message.message)
+            self._try_again(run_id, error, "waiting: the site has had too many requests")
+        else:
+            delay_s = max(message.wait_s, self._config.fetch_backoff_s * _BACKOFF_FACTOR**live.row.fetch_failures)
+            self._back_off(run_id, delay_s)
+            self._try_again(run_id, error, f"trying again in {delay_s:.0f} s: {message.message}")
+
+    def _lost(self, run_id: int, loss: Loss) -> None:
+        self.failed += 1
+        store = self._ledger.store
+        if loss.hung:
+            text = f"the download stood still ({loss.reason}): try again later, or submit the file"
+            error = WhisperdError(ErrorCode.TIMED_OUT, text)
+            self._back_off(run_id, self._config.fetch_backoff_s)
+            self._try_again(run_id, error, "the download stood still; trying again")
+        else:
+            self._settle(
+                run_id,
+                lambda db, now: store.put_back(db, run_id, now, died=loss.began),
+                "waiting for its download",
+            )
+
+    def _try_again(self, run_id: int, error: WhisperdError, phase: str) -> None:
+        store = self._ledger.store
+        self._settle(run_id, lambda db, now: store.fetch_failed(db, run_id, error, now), phase)
+
+    def _settle(self, run_id: int, call: StoreCall[Change], phase: str) -> None:
+        """Commit what became of a run; until then it stays active. A full disk only delays that."""
+
+        def then(change: Change) -> None:
+            self._active.pop(run_id, None)
+            live = self._ledger.board.runs.get(run_id)
+            if live is not None:
+                live.phase = phase
+                self._tell(live)
+            self.pump()
+
+        def failed(error: WhisperdError) -> None:
+            self._loop.call_later(_TRY_AGAIN_S, lambda: self._settle(run_id, call, phase))
+
+        self._ledger.commit(call, then, failed)
+
+    # -- standing still ---------------------------------------------------------------------------------------------
+
+    def _back_off(self, run_id: int, delay_s: float) -> None:
+        def go_on() -> None:
+            self._backing_off.discard(run_id)
+            self.pump()
+
+        self._backing_off.add(run_id)
+        self._loop.call_later(delay_s, go_on)
+
+    def _rest_for(self, delay_s: float, reason: str) -> None:
+        """Begin no download for a while; of several reasons the one that lasts longest counts."""
+        rest = _Rest(reason=reason, until=self._ledger.clock() + delay_s)
+        if self._rest is not None and self._rest.until >= rest.until:
+            return
+        log.warning("fetch lane rests for_s=%.0f reason=%s", delay_s, reason)
+        self._rest = rest
+
+        def go_on() -> None:
+            if self._rest is rest:
+                log.info("fetch lane goes on")
+                self._rest = None
+                self.pump()
+
+        self._loop.call_later(delay_s, go_on)
+
+
+def _downloading(progress: Progress) -> str:
+    done_mb, total_mb = progress.done / 1e6, progress.total / 1e6
+    if progress.done <= 0:
+        return "looking the recording up"
+    return f"downloading ({done_mb:.1f} of {total_mb:.1f} MB)" if total_mb else f"downloading ({done_mb:.1f} MB)"

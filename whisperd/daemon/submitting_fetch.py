@@ -1,0 +1,85 @@
+"""Submits of kind `video` and `url`: nothing to copy, so admission, one commit and the acknowledgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from whisperd.daemon.house import House
+from whisperd.daemon.keys import digest, source_key
+from whisperd.daemon.rows import Change, NewJob, about
+from whisperd.daemon.server import Peer
+from whisperd.daemon.store import key_conflict
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.messages import Submit, source_to_wire
+
+Reply = Callable[[Mapping[str, Any]], None]
+Fail = Callable[[WhisperdError], None]
+
+
+def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: Fail) -> None:
+    """Handle one submit of what is to be downloaded; answers through `reply` or `fail`, once.
+
+    The key is looked up first: a retry of an accepted submit is never refused for want of room.
+    """
+    new = _new_job(house, peer, params)
+    if params.key is None:
+        _accept(house, peer, new, reply, fail, known=False)
+        return
+    key, store = params.key, house.ledger.store
+
+    def then(row: Any) -> None:
+        if row is not None and row["fingerprint"] != new.fingerprint:
+            fail(key_conflict(key))
+        else:
+            _accept(house, peer, new, reply, fail, known=row is not None)
+
+    house.ledger.read(lambda db, now: store.known_key(db, peer.uid, key, now), then, fail)
+
+
+def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
+    source = source_to_wire(params.source)
+    key = source_key(house.config, peer.uid, source, params.options, house.modelling.identity)
+    return NewJob(
+        uid=peer.uid,
+        priority=params.priority,
+        attached=params.attached,
+        key=params.key,
+        source=source,
+        options=params.options,
+        fresh=params.fresh,
+        fingerprint=digest([source, dict(params.options)]),
+        share_key=key,
+        source_key=key,
+        folder=None,
+        sha256="",
+        size_bytes=0,
+    )
+
+
+def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, known: bool) -> None:
+    try:
+        house.refuse_when_stopping()
+        if not known:
+            house.admit(new.priority, 0)
+    except WhisperdError as error:
+        fail(error)
+        return
+    # It takes its place of the queue now: the commit may be a while, and others are admitted meanwhile.
+    house.accepting[new.priority] += 1
+
+    def accepted(change: Change) -> None:
+        house.accepting[new.priority] -= 1
+        job, run = about(change)
+        if change.reused:
+            house.metrics.cache_hits += 1
+        if new.attached:
+            house.hold(job.id, peer)
+        reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
+
+    def refused(error: WhisperdError) -> None:
+        house.accepting[new.priority] -= 1
+        fail(error)
+
+    store = house.ledger.store
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)
