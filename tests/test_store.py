@@ -13,7 +13,7 @@ import pytest
 from tests.support import wait_until
 from whisperd.daemon.database import Database, StateError, open_database
 from whisperd.daemon.migrations import MIGRATIONS
-from whisperd.daemon.rows import Change, Event, JobRow, NewJob
+from whisperd.daemon.rows import Change, Event, JobRow, NewJob, RunRow
 from whisperd.daemon.store import Retention, Store
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import IllegalMove, JobState, Priority
@@ -313,6 +313,101 @@ def test_events_after_a_number(book: Book) -> None:
     job = book.running()
     book.say(job.run_id, "one", "two")
     assert [event.seq for event in book.events(job.id, after_seq=2)] == [3, 4]
+
+
+# --- downloads ---
+
+
+def to_fetch(book: Book, address: bytes = b"address", **fields: Any) -> JobRow:
+    source = {"kind": "url", "url": address.decode()}
+    defaults = {"source": source, "source_key": address, "folder": None, "sha256": "", "size_bytes": 0}
+    return job_of(book.accept(share=address, **defaults | fields))
+
+
+def fetching(book: Book, folder: str = "first", **fields: Any) -> JobRow:
+    job = to_fetch(book, **fields)
+    book.run(lambda db: STORE.fetch_started(db, job.run_id, folder, book.now))
+    return job
+
+
+def fetched(book: Book, job: JobRow, share_key: bytes = b"audio") -> Change:
+    change: Change = book.run(
+        lambda db: STORE.fetched(
+            db, job.run_id, book.now, sha256="ab", size_bytes=7, title="A talk", share_key=share_key
+        )
+    )
+    return change
+
+
+def run_of(book: Book, job: JobRow) -> RunRow:
+    answer = book.run(lambda db: STORE.answer(db, job.id, uid=None, with_transcript=False))
+    run: RunRow = answer.run
+    return run
+
+
+def test_whoever_asks_for_the_same_address_joins_its_run(book: Book) -> None:
+    first = fetching(book)
+    second = to_fetch(book)
+    assert second.run_id == first.run_id
+    assert book.story(second.id) == ["pending", "fetching"]
+    fetched(book, first)
+    assert book.story(to_fetch(book).id) == ["pending", "queued"]
+    book.run(lambda db: STORE.decoded(db, first.run_id, audio_s=2.0, truncated=False))
+    book.run(lambda db: STORE.start(db, first.run_id, book.now))
+    book.say(first.run_id, "one")
+    assert book.story(to_fetch(book).id) == ["pending", "queued", "running", "one"]
+    book.finish(first.run_id)
+    assert book.story(to_fetch(book).id) == ["pending", "one", "done"]
+    assert book.story(first.id) == book.story(second.id) == ["pending", "fetching", "queued", "running", "one", "done"]
+    assert to_fetch(book, fresh=True).run_id != first.run_id
+    run = run_of(book, first)
+    assert (run.sha256, run.size_bytes, run.title) == ("ab", 7, "A talk")
+
+
+def test_a_download_that_turns_out_to_be_known_is_handed_over(book: Book) -> None:
+    file = book.running(share=b"audio")
+    book.say(file.run_id, "one")
+    job, gone = fetching(book), to_fetch(book)
+    book.run(lambda db: STORE.cancel(db, gone.id, book.now, uid=None))
+    change = fetched(book, job, share_key=b"1:audio")
+    assert change.gone_runs == [job.run_id]
+    assert change.folders == ["first"]
+    assert book.job(job.id).run_id == book.job(gone.id).run_id == file.run_id
+    assert book.story(job.id) == ["pending", "fetching", "queued", "running", "one"]
+    assert book.story(gone.id) == ["pending", "fetching", "cancelled"]
+    assert to_fetch(book).run_id == file.run_id, "the next one need not download"
+    fresh = fetching(book, fresh=True)
+    assert not fetched(book, fresh, share_key=b"1:audio").gone_runs, "computed anew"
+
+
+def test_a_download_is_tried_again_three_times(book: Book) -> None:
+    job = to_fetch(book)
+    error = WhisperdError("fetch_failed", "no")
+
+    def again(counts: bool = True) -> Change:
+        book.run(lambda db: STORE.fetch_started(db, job.run_id, "folder", book.now))
+        change: Change = book.run(lambda db: STORE.fetch_failed(db, job.run_id, error, book.now, counts=counts))
+        return change
+
+    assert again(counts=False).folders == ["folder"]
+    for _ in range(4):
+        assert again().folders == ["folder"]
+    assert book.story(job.id) == ["pending", "fetching"] * 5 + ["failed"]
+    assert book.job(job.id).error_code == "fetch_failed"
+    run = run_of(book, job)
+    assert (run.folder, run.audio_expires_at) == (None, None), "there is no audio to keep"
+
+
+def test_an_interrupted_download_is_pending_again_after_a_restart(book: Book) -> None:
+    job = fetching(book)
+    live, named = book.run(lambda db: STORE.recover(db, book.now))
+    assert [row.state for row in live.runs] == [JobState.PENDING]
+    assert named == set(), "what is left of it is swept"
+    assert book.story(job.id) == ["pending", "fetching", "pending"]
+    book.run(lambda db: STORE.fetch_started(db, job.run_id, "second", book.now))
+    change = book.run(lambda db: STORE.cancel(db, job.id, book.now, uid=None))
+    assert change.folders == ["second"]
+    assert not fetched(book, job).runs, "it comes too late"
 
 
 # --- the database ---
