@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from yt_dlp.utils import DownloadError, ExtractorError, GeoRestrictedError
 
 from tests.media_server import serving
 from tests.support import write_noise
-from whisperd.fetch.download import address_of, check_extractor, read_cookies
+from whisperd.fetch.download import Settings, Watch, address_of, check_extractor, read_cookies
 from whisperd.fetch.explain import explain
 from whisperd.fetch.guard import is_public
 from whisperd.protocol.errors import WhisperdError
@@ -136,6 +137,63 @@ def test_a_playlist_is_refused_with_the_command_that_lists_it() -> None:
     assert f"yt-dlp --flat-playlist --print url -- '{url}'" in message
 
 
+def watch(spool: Path, checkpoint: Callable[[float, float], None] = lambda done, total: None, **fields: Any) -> Watch:
+    defaults: dict[str, Any] = {
+        "spool": spool,
+        "cache_dir": spool,
+        "fetch_extractors": [],
+        "fetch_cookies": "",
+        "fetch_timeout_s": 10,
+        "fetch_limit_s": 10,
+        "max_source_bytes": 1000,
+        "max_audio_s": 60,
+        "min_free_bytes": 0,
+    }
+    return Watch(Settings(**defaults | fields), checkpoint, clock=iter(range(0, 100, 8)).__next__)
+
+
+@pytest.mark.parametrize(
+    ("info", "code"),
+    [
+        ({"is_live": True}, "fetch_unavailable"),
+        ({"live_status": "is_upcoming"}, "fetch_unavailable"),
+        ({"duration": 61.0}, "too_long"),
+        ({"filesize": 1001}, "too_large"),
+    ],
+)
+def test_what_a_site_says_beforehand_may_refuse_it(tmp_path: Path, info: dict[str, Any], code: str) -> None:
+    with pytest.raises(WhisperdError) as caught:
+        watch(tmp_path).check_video(info)
+    assert caught.value.code == code
+    watch(tmp_path).check_video({"live_status": "was_live", "duration": 60, "filesize": 1000})
+
+
+def test_caps_hold_while_bytes_arrive(tmp_path: Path) -> None:
+    watched = watch(tmp_path)
+    watched.progressed({"downloaded_bytes": 1000})
+    with pytest.raises(WhisperdError, match="max_source_bytes"):
+        watch(tmp_path).progressed({"downloaded_bytes": 1001})
+    with pytest.raises(WhisperdError, match="fetch_limit_s"):
+        watched.look()
+    with pytest.raises(WhisperdError, match="min_free_bytes"):
+        watch(tmp_path, min_free_bytes=2**60).progressed({"downloaded_bytes": 1, "total_bytes": 5})
+
+
+def test_an_extractor_that_swallows_a_cancel_meets_it_again(tmp_path: Path) -> None:
+    said = []
+
+    def checkpoint(done: float, total: float) -> None:
+        said.append(done)
+        raise WhisperdError("cancelled", "cancelled")
+
+    watched = watch(tmp_path, checkpoint)
+    for _ in range(2):
+        with pytest.raises(WhisperdError) as caught:
+            watched.look()
+        assert caught.value.code == "cancelled"
+    assert said == [0.0], "the daemon says it once"
+
+
 def test_cookies_are_a_users_own_and_a_copy(tmp_path: Path) -> None:
     mine = tmp_path / f"{os.geteuid()}.txt"
     mine.write_text("# Netscape HTTP Cookie File\n")
@@ -156,7 +214,7 @@ from whisperd.fetch.guard import Guard
 from whisperd.protocol.errors import WhisperdError
 
 spool, url = Path(sys.argv[1]), sys.argv[2]
-guard = Guard(allowed=lambda host: host == "127.0.0.1", programs=["/bin/true"])
+guard = Guard(allowed=lambda host: host == sys.argv[5], programs=["/bin/true"])
 guard.install()
 settings = Settings(
     spool=spool, cache_dir=spool / "cache", fetch_extractors=["generic"], fetch_cookies=sys.argv[3],
@@ -182,8 +240,8 @@ except WhisperdError as error:
 """
 
 
-def guarded(spool: Path, url: str, cookies: str = "") -> list[str]:
-    command = [sys.executable, "-c", GUARDED, str(spool), url, cookies, str(os.geteuid())]
+def guarded(spool: Path, url: str, *, cookies: str = "", allowed: str = "127.0.0.1") -> list[str]:
+    command = [sys.executable, "-c", GUARDED, str(spool), url, cookies, str(os.geteuid()), allowed]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
 
@@ -199,9 +257,9 @@ def test_a_redirect_into_the_house_is_refused_where_it_connects(tmp_path: Path) 
 
 def test_a_name_that_points_into_the_house_is_refused(tmp_path: Path) -> None:
     with serving(write_noise(tmp_path / "talk.wav", 1)) as server:
-        # `localhost` is looked up first: 127.0.0.1 is allowed here, ::1 is not.
-        answer = guarded(tmp_path, f"http://[::1]:{server.port}/talk.wav")[0]
-        assert answer.startswith("forbidden ")
+        answer = guarded(tmp_path, f"http://localhost:{server.port}/talk.wav", allowed="localhost")[0]
+        assert answer.startswith("forbidden "), "the address counts, not the name"
+        assert not server.asked
 
 
 def test_the_cookie_file_is_byte_for_byte_what_it_was(tmp_path: Path) -> None:
@@ -211,5 +269,5 @@ def test_the_cookie_file_is_byte_for_byte_what_it_was(tmp_path: Path) -> None:
     jar.write_text("# Netscape HTTP Cookie File\n127.0.0.1\tFALSE\t/\tFALSE\t0\tname\tvalue\n")
     before = (jar.read_bytes(), jar.stat().st_mtime_ns)
     with serving(write_noise(tmp_path / "talk.wav", 1)) as server:
-        assert guarded(tmp_path, server.url("talk.wav"), str(cookies))[0] == f"fetched {len(server.content)}"
+        assert guarded(tmp_path, server.url("talk.wav"), cookies=str(cookies))[0] == f"fetched {len(server.content)}"
     assert (jar.read_bytes(), jar.stat().st_mtime_ns) == before

@@ -107,7 +107,7 @@ class Fetcher:
     ) -> Mapping[str, Any]:
         address, settings = address_of(source), self._settings
         check_extractor(source, settings.fetch_extractors)
-        watch = _Watch(settings, checkpoint, self._clock)
+        watch = Watch(settings, checkpoint, self._clock)
         cookies = read_cookies(settings.fetch_cookies, uid)
         self._guard.refused = None
         try:
@@ -122,7 +122,7 @@ class Fetcher:
             raise explain(error) from None
         return info or {}
 
-    def _options(self, partial: Path, watch: _Watch, cookies: io.StringIO | None) -> dict[str, Any]:
+    def _options(self, partial: Path, watch: Watch, cookies: io.StringIO | None) -> dict[str, Any]:
         settings = self._settings
         return {
             "allowed_extractors": list(settings.fetch_extractors),
@@ -141,7 +141,7 @@ class Fetcher:
             "js_runtimes": {name: {"path": path} for name, path in self._programs.items()},
             "logger": _Logger(),
             "match_filter": watch.check_video,
-            "max_filesize": None,  # yt-dlp would end without a word; `_Watch` speaks
+            "max_filesize": None,  # yt-dlp would end without a word; `Watch` speaks
             "noplaylist": True,
             "noprogress": True,
             "outtmpl": {"default": str(partial / "source").replace("%", "%%")},
@@ -159,7 +159,7 @@ class Fetcher:
 class _Downloader(YoutubeDL):  # type: ignore[misc]
     """yt-dlp, which looks up between requests and takes no lists."""
 
-    def __init__(self, options: dict[str, Any], watch: _Watch) -> None:
+    def __init__(self, options: dict[str, Any], watch: Watch) -> None:
         self._watch = watch
         super().__init__(options)
 
@@ -175,7 +175,7 @@ class _Downloader(YoutubeDL):  # type: ignore[misc]
         return super().process_ie_result(ie_result, download=download, extra_info=extra_info)
 
 
-class _Watch:
+class Watch:
     """Keeps the caps of one download, before it and while it runs."""
 
     def __init__(self, settings: Settings, checkpoint: Checkpoint, clock: Callable[[], float]) -> None:
