@@ -1,4 +1,5 @@
 # For users:      make demo   two programs share one model, with real weights, in a temporary folder
+# For the machine: sudo make install | uninstall | purge   (docs/operations.md; purge deletes queue and configuration too)
 # For developers: make venv | test | check | bench | clean
 #
 # Needs CPython 3.11 or newer and make, no root. Another Python: make PYTHON=/path/to/python3.12 ...
@@ -13,10 +14,15 @@ TEST_WORKERS ?= 2
 
 NEW_ENOUGH = $(1) -c 'import ssl, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 
-.PHONY: help venv demo test check bench clean
+# Where `make install` puts things; DESTDIR for who makes a package. PIP_FLAGS are pip's, such as --extra-index-url URL.
+PREFIX ?= /usr/local
+DESTDIR ?=
+PIP_FLAGS ?=
+
+.PHONY: help venv demo install uninstall purge test check bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 venv: $(STAMP)
 
@@ -35,6 +41,9 @@ $(STAMP): setup.cfg setup.py pyproject.toml requirements/constraints.txt require
 
 demo: venv
 	@$(BIN)/python tools/demo.py
+
+install uninstall purge:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' PIP_FLAGS='$(PIP_FLAGS)' sh tools/install.sh $@
 
 test: venv
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal

@@ -42,6 +42,20 @@ def test_as_a_user_with_folders_of_their_own() -> None:
     )
 
 
+def test_folders_that_systemd_made_come_first() -> None:
+    environ = {
+        "HOME": "/var/lib/whisperd",
+        "XDG_CACHE_HOME": "/c",
+        "STATE_DIRECTORY": "/var/lib/whisperd:/var/lib/more",
+        "CACHE_DIRECTORY": "",
+        "CONFIGURATION_DIRECTORY": "/etc/whisperd",
+    }
+    paths = default_paths(environ, euid=990)
+    assert paths.state_dir == Path("/var/lib/whisperd")
+    assert paths.cache_dir == Path("/c/whisperd")
+    assert paths.config_file == Path("/etc/whisperd/whisperd.toml")
+
+
 def test_relative_folders_are_ignored() -> None:
     environ = {"HOME": "/home/ada", "XDG_RUNTIME_DIR": "run", "XDG_STATE_HOME": "state", "XDG_CACHE_HOME": ""}
     paths = default_paths(environ, euid=1000)

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import stat
+import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -45,17 +47,28 @@ class Listener:
                 self._path.unlink()
         self.socket.close()
 
-    def refuse_waiting(self, reply: Mapping[str, Any]) -> None:
-        """Accept whoever waits, send `reply`, hang up.
+    def refuse_waiting(self, reply: Mapping[str, Any], *, for_s: float = 0.0) -> None:
+        """Accept whoever waits, or comes within `for_s` seconds, send `reply`, hang up.
 
-        Before an exit that a restart cannot mend: a connection left waiting would make systemd start us again at once.
+        Before an exit that a restart cannot mend: a connection left waiting would make systemd start us again at once,
+        and so would each that comes later. Waiting for those bounds how often that happens.
         """
-        with contextlib.suppress(OSError):
+        frame, deadline = encode_frame(reply), time.monotonic() + for_s
+        with contextlib.ExitStack() as clients, contextlib.suppress(OSError):
             while True:
-                client, _ = self.socket.accept()
-                with client, contextlib.suppress(OSError):
+                try:
+                    client, _ = self.socket.accept()
+                except BlockingIOError:
+                    if (left_s := deadline - time.monotonic()) <= 0:
+                        return
+                    select.select([self.socket], [], [], left_s)
+                    continue
+                # Open until the end: closed with a request unread, it would greet the client's next one with EPIPE.
+                clients.enter_context(client)
+                with contextlib.suppress(OSError):
                     client.setblocking(False)
-                    client.send(encode_frame(reply))
+                    client.send(frame)
+                    client.shutdown(socket.SHUT_WR)
 
 
 def open_listener(config: Config, environ: MutableMapping[str, str] = os.environ) -> Listener:
@@ -63,10 +76,8 @@ def open_listener(config: Config, environ: MutableMapping[str, str] = os.environ
 
     Raises `SocketTakenError` when somebody answers there, and `ConfigError` when no socket can be made there.
     """
-    if fds := listen_fds(environ):
-        for fd in fds[1:]:
-            os.close(fd)
-        return Listener(_inherited(fds[0]), path=None)
+    if (inherited := inherited_listener(environ)) is not None:
+        return inherited
     try:
         make_folder(config.socket.parent)
         _remove_stale(config.socket)
@@ -75,6 +86,14 @@ def open_listener(config: Config, environ: MutableMapping[str, str] = os.environ
         raise ConfigError(
             f"no socket can be made at {config.socket}: {error.strerror or error}; name another with --socket"
         ) from None
+
+
+def inherited_listener(environ: MutableMapping[str, str] = os.environ) -> Listener | None:
+    """Return the listening socket that systemd hands over, once, or None. Raises `ConfigError` when it is no such."""
+    fds = listen_fds(environ)
+    for fd in fds[1:]:
+        os.close(fd)
+    return Listener(_inherited(fds[0]), path=None) if fds else None
 
 
 def _inherited(fd: int) -> socket.socket:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import fcntl
 import importlib.util
 import logging
@@ -21,10 +23,12 @@ from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.database import Database, StateError
 from whisperd.daemon.handlers import dispatch
 from whisperd.daemon.house import House
-from whisperd.daemon.listener import SocketTakenError, make_folder
+from whisperd.daemon.listener import Listener, SocketTakenError, inherited_listener, make_folder
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
 from whisperd.protocol import logs
+from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
 
 log = logging.getLogger("whisperd")
@@ -38,10 +42,34 @@ EXIT_STATE = 4  # the state cannot be opened
 _HELPERS_NEED = ("av", "torch", "whisper")
 _INSTALL_SERVER = "install them with pip install 'whisperd[server]'"
 
+# An exit that a restart cannot mend takes so long under systemd: clients that ask again and again are told why,
+# and start the daemon once in that time and not as often as the machine can.
+_REFUSE_FOR_S = 1.0
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.command(context_settings=_CONTEXT)
+class _CannotStart(Exception):
+    """A restart would not mend it: exit with `code`, and tell the log and whoever waits on the socket."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Command(click.Command):
+    """A command whose wrong usage (a drop-in with a typing error) is told to the waiting clients too."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            with contextlib.suppress(ConfigError):
+                _refuse(inherited_listener(), error.format_message())
+            raise
+
+
+@click.command(cls=_Command, context_settings=_CONTEXT)
 @click.option("--config", metavar="FILE", help="Settings in TOML; docs/configuration.md lists them.")
 @click.option("--socket", metavar="PATH", help="Unix socket to listen on.")
 @click.option("--state-dir", metavar="DIR", help="Folder of the queue, the audio and the transcripts.")
@@ -59,21 +87,30 @@ def main(check: bool, **flags: Any) -> None:
     Runs in the foreground and logs to stderr; `whisperctl` talks to it.
     """
     logs.configure()
+    listener = None
     try:
+        listener = None if check else inherited_listener()
         config = load_config(_given(flags), os.environ, default_paths())
+        if check:
+            click.echo("the settings are good")
+            return
+        logs.configure(config.log_level, background=True)
+        sys.exit(serve(config, listener))
     except ConfigError as error:
-        _end(EXIT_USAGE, str(error))
-    if check:
-        click.echo("the settings are good")
-        return
-    logs.configure(config.log_level, background=True)
+        _end(EXIT_USAGE, str(error), listener)
+    except _CannotStart as error:
+        _end(error.code, str(error), listener)
+
+
+def serve(config: Config, listener: Listener | None = None) -> int:
+    """Run the daemon until it is told to stop; return its exit code. `listener` is the inherited one, if any.
+
+    Raises `ConfigError` and `_CannotStart`.
+    """
+    # A crash, and systemd's watchdog, then leave in the log where the process stood.
+    faulthandler.enable()
     if missing := [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]:
-        _end(EXIT_USAGE, f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
-    sys.exit(serve(config))
-
-
-def serve(config: Config) -> int:
-    """Run the daemon until it is told to stop; return its exit code."""
+        raise ConfigError(f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
     os.umask(0o077)
     # The soft limit, often 1,024, is kept low for programs that use select(2); the loop does not.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -84,34 +121,36 @@ def serve(config: Config) -> int:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         locks.append(_lock(config.state_dir / "whisperd.lock"))
     except OSError as error:
-        _end(EXIT_STATE, f"the state cannot be opened: {error}: check who owns {config.state_dir}")
+        raise _CannotStart(
+            EXIT_STATE, f"the state cannot be opened: {error}: check who owns {config.state_dir}"
+        ) from None
     try:
-        # A lock of its own: whoever is about to replace a stale socket must be alone at it.
-        make_folder(config.socket.parent)
-        locks.append(_lock(config.socket.with_name(f"{config.socket.name}.lock")))
+        if listener is None:
+            # A lock of its own: whoever is about to replace a stale socket must be alone at it.
+            make_folder(config.socket.parent)
+            locks.append(_lock(config.socket.with_name(f"{config.socket.name}.lock")))
     except OSError as error:
-        _end(EXIT_USAGE, f"no socket can be made at {config.socket}: {error}; name another with --socket")
+        raise ConfigError(f"no socket can be made at {config.socket}: {error}; name another with --socket") from None
     if None in locks:
-        _end(
+        raise _CannotStart(
             EXIT_TAKEN,
             f"another whisperd works with {config.state_dir} or {config.socket}: stop it, or name another --state-dir "
             "and --socket",
         )
     try:
-        return _Daemon(config).run()
-    except ConfigError as error:
-        _end(EXIT_USAGE, str(error))
+        return _Daemon(config, listener).run()
     except StateError as error:
-        _end(EXIT_STATE, str(error))
+        raise _CannotStart(EXIT_STATE, str(error)) from None
     except SocketTakenError as error:
-        _end(EXIT_TAKEN, str(error))
+        raise _CannotStart(EXIT_TAKEN, str(error)) from None
 
 
 class _Daemon:
     """Starts the parts in order, and stops them in the opposite one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, listener: Listener | None) -> None:
         self._config = config
+        self._listener = listener
         self._loop = Loop()
         self._exit_code = 0
         self._stopping = False
@@ -129,6 +168,7 @@ class _Daemon:
             config,
             dispatch=lambda peer, request, descriptors: dispatch(house, peer, request, descriptors),
             closed=house.peer_closed,
+            listener=self._listener,
             unlimited=house.is_admin,
         )
         house.connections = lambda: server.count
@@ -139,7 +179,8 @@ class _Daemon:
             "started version=%s pid=%d socket=%s state=%s model=%s device=%s capacity=%d",
             *(__version__, os.getpid(), config.socket, config.state_dir, config.model, config.device, config.capacity),
         )
-        systemd.notify("READY=1")
+        self._manager = manager = ServiceManager(loop, house)
+        loop.call_soon(manager.ready)
         loop.run()
         if self._exit_code == 0:
             database.stop()
@@ -153,7 +194,7 @@ class _Daemon:
             return
         self._stopping = True
         log.info("stopping")
-        systemd.notify("STOPPING=1")
+        self._manager.stopping()
         self._server.stop_accepting()
         self._house.stop()
         self._loop.call_later(self._config.stop_grace_s, self._loop.stop)
@@ -190,6 +231,19 @@ def _lock(path: Path) -> int | None:
     return fd
 
 
-def _end(code: int, message: str) -> NoReturn:
-    click.echo(f"whisperd: {message}", err=True)
+def _end(code: int, message: str, listener: Listener | None) -> NoReturn:
+    if logs.stderr_is_journal():
+        log.critical("cannot start: %s", message)
+    else:
+        click.echo(f"whisperd: {message}", err=True)
+    _refuse(listener, message)
     sys.exit(code)
+
+
+def _refuse(listener: Listener | None, message: str) -> None:
+    """Tell systemd and whoever waits on its socket why the daemon does not start."""
+    if listener is not None:
+        systemd.notify(f"STATUS=cannot start: {message}")
+        text = f"whisperd cannot start: {message}"
+        error = {"code": ErrorCode.UNAVAILABLE, "message": text}
+        listener.refuse_waiting({"id": 0, "ok": False, "error": error}, for_s=_REFUSE_FOR_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SYSTEM_SOCKET = Path("/run/whisperd/whisperd.sock")
@@ -21,7 +21,27 @@ class Paths:
 
 
 def default_paths(environ: Mapping[str, str] = os.environ, *, euid: int | None = None) -> Paths:
-    """Return the daemon's defaults: the system's folders as root, the XDG base directories as a user."""
+    """Return the daemon's defaults: the system's folders as root, the XDG base directories as a user.
+
+    Folders that systemd made for the service (systemd.exec(5), StateDirectory= and its kin) come before both.
+    """
+    return _with_service_folders(_usual_paths(environ, euid), environ)
+
+
+def _with_service_folders(paths: Paths, environ: Mapping[str, str]) -> Paths:
+    def made(variable: str, usual: Path) -> Path:
+        value = environ.get(variable, "").split(":")[0]
+        return Path(value) if value.startswith("/") else usual
+
+    return replace(
+        paths,
+        state_dir=made("STATE_DIRECTORY", paths.state_dir),
+        cache_dir=made("CACHE_DIRECTORY", paths.cache_dir),
+        config_file=made("CONFIGURATION_DIRECTORY", paths.config_file.parent) / paths.config_file.name,
+    )
+
+
+def _usual_paths(environ: Mapping[str, str], euid: int | None) -> Paths:
     if (os.geteuid() if euid is None else euid) == 0:
         return Paths(
             socket=SYSTEM_SOCKET,
