@@ -19,6 +19,7 @@ from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError
 
 MAX_OPEN = 64  # the daemon stops reading a connection with more open requests
 MAX_OPEN_WAITS = 56  # so that a `cancel` always finds a place beside waiting `result`s
+_LAST_WORD_S = 1.0  # a bound: the end of the stream follows a failed send at once
 
 
 class ConnectionLost(Exception):
@@ -118,6 +119,8 @@ class Connection:
         try:
             self._channel.send({"id": number, "op": op, "params": params}, descriptors)
         except OSError as error:
+            # The daemon has hung up. Why, it may have said before: that lies unread, and the reader comes to it.
+            waiter.done.wait(_LAST_WORD_S)
             self._lose(ConnectionLost(str(error)))
         except BaseException:
             # Ctrl-C may have cut the frame in the middle: nothing can follow it.
