@@ -39,7 +39,7 @@ EXIT_TAKEN = 3  # another daemon owns the socket or the state
 EXIT_STATE = 4  # the state cannot be opened
 
 # Looked for, never imported here: without them the helpers would start and die for ever.
-_HELPERS_NEED = ("av", "torch", "whisper")
+_HELPERS_NEED = ("av", "torch", "whisper", "yt_dlp")
 _INSTALL_SERVER = "install them with pip install 'whisperd[server]'"
 
 # An exit that a restart cannot mend takes so long under systemd: clients that ask again and again are told why,
@@ -235,6 +235,7 @@ def _end(code: int, message: str, listener: Listener | None) -> NoReturn:
     if logs.stderr_is_journal():
         log.critical("cannot start: %s", message)
     else:
+        logging.shutdown()  # what was logged before is written first: this is the last word
         click.echo(f"whisperd: {message}", err=True)
     _refuse(listener, message)
     sys.exit(code)

@@ -67,6 +67,11 @@ class _Background(logging.Handler):
             except OSError:  # closed: there is nobody to tell
                 continue
 
+    def close(self) -> None:
+        """Write what waits; nothing is written after it."""
+        self._finish()
+        super().close()
+
     def _finish(self) -> None:
         try:
             self._lines.put_nowait(None)
