@@ -91,6 +91,8 @@ def test_an_address_becomes_a_transcript(client: RawClient, shared: Daemon, serv
     assert fetch(client, server.url("talk.wav"))["state"] == "done", "asked again, answered from the store"
     assert ended(client, fetch(client, server.url("talk.wav"), fresh=True))["attempts"] == 1
     assert server.asked["/talk.wav"] == 2 * 2, "yt-dlp looks, then downloads; and all that again for `fresh`"
+    # The helper's own numbers come with its heartbeat, once a second.
+    wait_until(lambda: client.call("stats")["lanes"]["fetch"]["yt_dlp"], 10, "the fetcher tells its version")
     lane = client.call("stats")["lanes"]["fetch"]
     assert (lane["active"], lane["waiting"], lane["rests_until"]) == (0, 0, None)
     assert lane["yt_dlp"].count(".") >= 2
