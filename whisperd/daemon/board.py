@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Board:
         self.turns = Turns()  # the model lane's: positions are told by them
         self._jobs_of: dict[int, set[int]] = {}
         self._positions: dict[int, int] | None = None  # made anew when first asked for after a change
-        self._waiting: dict[Priority, int] | None = None
+        self._waiting: Counter[tuple[int, Priority]] | None = None
 
     def apply(self, change: Change) -> None:
         """Take over what a committed call changed."""
@@ -53,7 +54,8 @@ class Board:
             elif (live := self.runs.get(run.id)) is not None:
                 live.row = run
             else:
-                self.runs[run.id] = LiveRun(run, _FIRST_PHASES.get(run.state, "waiting for decoding"))
+                first = "waiting for the model" if run.decoded else "waiting for decoding"
+                self.runs[run.id] = LiveRun(run, _FIRST_PHASES.get(run.state, first))
         for run_id in change.gone_runs:
             self.runs.pop(run_id, None)
         for job in change.jobs:
@@ -89,13 +91,11 @@ class Board:
             for run in runs
         ]
 
-    def waiting_jobs(self) -> dict[Priority, int]:
-        """Return how many jobs wait (are accepted and not running), by priority."""
+    def waiting_jobs(self) -> Counter[tuple[int, Priority]]:
+        """Return how many jobs wait (are accepted and not running), by user and priority."""
         if self._waiting is None:
-            self._waiting = dict.fromkeys(Priority, 0)
-            for job in self.jobs.values():
-                if job.state in WAITING:
-                    self._waiting[job.priority] += 1
+            waiting = (job for job in self.jobs.values() if job.state in WAITING)
+            self._waiting = Counter((job.uid, job.priority) for job in waiting)
         return self._waiting
 
     def position(self, run_id: int) -> int | None:

@@ -103,6 +103,10 @@ class Config:
     interactive_capacity_share: float = _setting(
         0.1, "Part of `capacity` kept for interactive jobs (at least one place).", low=0, high=0.9
     )
+    capacity_share_per_user: float = _setting(
+        0.5, "Part of `capacity` that the waiting jobs of one user may take (admins exempt).", low=0, high=1
+    )
+    interactive_per_user: int = _setting(8, "Interactive jobs of one user that may wait (admins exempt).", low=1)
     share_results: str = _setting(
         "user",
         "Whose results may answer the same audio again: the same `user`'s, or `everyone`'s. With `everyone` a quick "
@@ -118,6 +122,11 @@ class Config:
     # --- disk ---
     min_free_bytes: int = _setting(
         512 * 2**20, "Free disk space below which a submit is refused as `storage_full`.", low=0
+    )
+    spool_bytes_per_user: int = _setting(
+        64 * 2**30,
+        "Bytes of one user's audio on the disk, that of failed and cancelled jobs included (admins exempt).",
+        low=1,
     )
     retention_days: float = _setting(30.0, "Days that ended jobs and their transcripts are kept.", low=0)
     key_retention_days: float = _setting(

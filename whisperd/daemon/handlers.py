@@ -9,6 +9,7 @@ from typing import Any
 
 from whisperd import __version__
 from whisperd.daemon.house import House
+from whisperd.daemon.retrying import retry
 from whisperd.daemon.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.statistics import statistics
@@ -158,7 +159,7 @@ def _handle_cancel(call: Call, params: Cancel) -> None:
 
 
 def _handle_retry(call: Call, params: Retry) -> None:
-    raise _later("retry")
+    retry(call.house, params.job, call.view(), call.reply, call.fail)
 
 
 def _handle_forget(call: Call, params: Forget) -> None:
@@ -235,11 +236,19 @@ def _handle_model(call: Call, params: Model) -> None:
 
 
 def _handle_pause(call: Call, params: Pause) -> None:
-    raise _later("pause")
+    _admins_only(call, "pause the queue")
+    call.house.refuse_when_stopping()
+    call.house.modelling.pause(free_gpu=params.free_gpu)
+    log.info("paused uid=%d free_gpu=%s", call.peer.uid, params.free_gpu)
+    call.reply({"status": call.house.status()})
 
 
 def _handle_resume(call: Call, params: Resume) -> None:
-    raise _later("resume")
+    _admins_only(call, "resume the queue")
+    call.house.refuse_when_stopping()
+    call.house.modelling.resume()
+    log.info("resumed uid=%d", call.peer.uid)
+    call.reply({"status": call.house.status()})
 
 
 def _admins_only(call: Call, what: str) -> None:
@@ -247,10 +256,6 @@ def _admins_only(call: Call, what: str) -> None:
         raise WhisperdError(
             ErrorCode.FORBIDDEN, f"only administrators may {what}: ask one, or be added to the setting `admins`"
         )
-
-
-def _later(op: str) -> WhisperdError:
-    return WhisperdError(ErrorCode.BAD_REQUEST, f"this version of whisperd does not know {op!r} yet")
 
 
 _HANDLERS: Mapping[type[Any], Callable[[Call, Any], None]] = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from whisperd import __version__
+from whisperd.daemon.admission import Applicant, check_admission
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.database import Database, StateError
@@ -21,7 +23,6 @@ from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
 from whisperd.daemon.rows import Change
-from whisperd.daemon.scheduler import admits
 from whisperd.daemon.server import Peer
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
@@ -83,7 +84,7 @@ class House:
             config,
             lambda: self.modelling.identity,
         )
-        self.accepting = dict.fromkeys(Priority, 0)  # admitted, and on their way to the disk
+        self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.ledger.changed = self._changed
 
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
@@ -234,41 +235,37 @@ class House:
         """Return whose jobs a peer may see: None = everybody's."""
         return None if self.is_admin(peer.uid) else peer.uid
 
-    def waiting(self) -> dict[Priority, int]:
-        """Return how many places of the queue are taken, by priority: waiting jobs and copies under way."""
-        copies = self.copying.counts()
-        waiting = self.board.waiting_jobs()
-        return {priority: waiting[priority] + copies[priority] + self.accepting[priority] for priority in Priority}
+    def waiting(self) -> Counter[tuple[int, Priority]]:
+        """Return how many places of the queue are taken, by user and priority: waiting jobs and jobs to be."""
+        return self.board.waiting_jobs() + self.copying.counts() + self.accepting
 
     def refuse_when_stopping(self) -> None:
         """Raise `stopping` once the daemon stops: nothing is begun any more."""
         if self.stopping:
             raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: ask again when it is back")
 
-    def admit(self, priority: Priority, size_bytes: int) -> None:
-        """Raise what refuses one more job: `storage_full` or `queue_full`."""
-        config = self.config
-        if self.free_bytes - size_bytes < config.min_free_bytes:
-            raise WhisperdError(
-                ErrorCode.STORAGE_FULL,
-                f"{config.state_dir} has {self.free_bytes} bytes free, and {config.min_free_bytes} must stay free "
-                "(setting min_free_bytes): make room and submit again",
-            )
-        reserved = max(1, int(config.capacity * config.interactive_capacity_share))
-        waiting = sum(self.waiting().values())
-        if not admits(priority=priority, capacity=config.capacity, reserved=reserved, waiting=waiting):
-            raise WhisperdError(
-                ErrorCode.QUEUE_FULL,
-                f"{waiting} jobs wait already and the queue holds {config.capacity} (of which {reserved} for "
-                "interactive jobs only): submit again when some have ended",
-            )
+    def admit(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
+        """Raise what refuses one more job: `storage_full`, `queue_full`, `quota_exceeded`.
+
+        `stored_bytes` is what the store knows of this user's audio (`Store.spool_bytes`).
+        """
+        applicant = Applicant(
+            uid=uid,
+            unlimited=self.is_admin(uid),
+            priority=priority,
+            size_bytes=size_bytes,
+            spool_bytes=stored_bytes + self.copying.bytes_of(uid),
+        )
+        check_admission(self.config, applicant, self.waiting(), self.free_bytes)
 
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do."""
         found = [self.copying.pool.problem, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
-        if self.modelling.held and not self.stopping:
+        if self.modelling.paused:
+            found.append("an administrator has paused the queue: `whisperctl resume` goes on")
+        elif self.modelling.held and not self.stopping:
             found.append("an administrator has unloaded the model: `whisperctl model load` loads it again")
         if self.free_bytes < self.config.min_free_bytes:
             found.append(f"{self.config.state_dir} is nearly full: submits are refused until there is room")

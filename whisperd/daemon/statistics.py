@@ -10,7 +10,7 @@ from typing import Any
 from whisperd.daemon.helper import process_rss_bytes
 from whisperd.daemon.house import House
 from whisperd.protocol.errors import WhisperdError
-from whisperd.protocol.jobs import JobState
+from whisperd.protocol.jobs import JobState, Priority
 
 Reply = Callable[[Mapping[str, Any]], None]
 Fail = Callable[[WhisperdError], None]
@@ -42,7 +42,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
             "since_start": {str(state): metrics.states[state] for state in JobState},
             "total": {str(state): disk["totals"].get(state, 0) for state in JobState},
         },
-        "queue": {str(priority): count for priority, count in house.waiting().items()} | {"capacity": config.capacity},
+        "queue": _waiting(house) | {"capacity": config.capacity},
         "wait_s": metrics.waits(),
         "run_s": metrics.runs(),
         "audio": {"transcribed_s": metrics.transcribed_s, "speed": _ratio(house.modelling.gauges, "audio_s", "busy_s")},
@@ -97,6 +97,13 @@ def _model(house: House) -> dict[str, Any]:
         "device_used_bytes": gauges.get("device_used_bytes"),
         "device_total_bytes": gauges.get("device_total_bytes"),
     }
+
+
+def _waiting(house: House) -> dict[str, int]:
+    counts = dict.fromkeys(map(str, Priority), 0)
+    for (_, priority), count in house.waiting().items():
+        counts[priority] += count
+    return counts
 
 
 def _ratio(gauges: Mapping[str, Any], amount: str, time: str) -> float | None:

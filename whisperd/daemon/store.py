@@ -8,8 +8,8 @@ an empty `Change`.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from whisperd.daemon.rows import Change, Event, JobRow, NewJob, RunRow, job_row, pack, run_row, unpack
@@ -37,6 +37,20 @@ class Answer:
     job: JobRow
     run: RunRow
     transcript: bytes | None
+
+
+# Returns the key under which the work of a run is shared, with the model of now.
+ModelKey = Callable[[RunRow], bytes]
+
+
+def check_retry(job: JobRow) -> None:
+    """Raise `bad_request` unless a job has failed or was cancelled."""
+    if job.state not in (JobState.FAILED, JobState.CANCELLED):
+        hint = "its transcript is there" if job.state is JobState.DONE else "cancel it first"
+        raise WhisperdError(
+            ErrorCode.BAD_REQUEST,
+            f"job {job.id} is {job.state}, and only failed and cancelled ones are retried: {hint}",
+        )
 
 
 def not_found(job_id: int) -> WhisperdError:
@@ -113,6 +127,24 @@ class Store:
     def totals(self, db: sqlite3.Connection) -> dict[str, int]:
         """Return how many jobs there are in each state."""
         return {row["state"]: row["n"] for row in _all(db, "SELECT state, count(*) AS n FROM jobs GROUP BY state")}
+
+    def look_up(self, db: sqlite3.Connection, uid: int, key: str | None, now: float) -> tuple[sqlite3.Row | None, int]:
+        """Return what a submit must know of its user: the row of its key in force, and `spool_bytes`."""
+        return (None if key is None else self.known_key(db, uid, key, now)), self.spool_bytes(db, uid)
+
+    def spool_bytes(self, db: sqlite3.Connection, uid: int) -> int:
+        """Return what a user's audio takes in the spool: sources, and what is decoded of them (s16le, 16 kHz)."""
+        total = 0
+        for kept in (f"state NOT IN {_ENDED_SQL}", "audio_expires_at IS NOT NULL"):  # each with its partial index
+            row = _one(
+                db,
+                f"""SELECT CAST(coalesce(sum(size_bytes + decoded * coalesce(audio_s, 0) * 32000), 0) AS INTEGER) AS n
+                    FROM runs WHERE {kept} AND uid = ?""",
+                uid,
+            )
+            assert row is not None, "a sum has a row"
+            total += int(row["n"])
+        return total
 
     # -- starting up -------------------------------------------------------------------------------------------
 
@@ -301,6 +333,73 @@ class Store:
                 self._move_run(db, change, self._run(db, job.run_id), JobState.CANCELLED, now)
         change.job, change.run = self.job(db, job_id, uid=None), self._run(db, job.run_id)
         return change
+
+    def retry(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None, model_key: ModelKey) -> Change:
+        """Make a new job for the source of a failed or cancelled one; `Change.job` is the new one.
+
+        Its work is a new run, to which the old one hands its folder over, in this transaction: of several retries the
+        first gets the audio and the others join its run, and whenever the daemon is killed one row names the folder.
+        Raises `not_found`, also when the audio is gone, and `bad_request` for a job that has not ended so.
+        """
+        job = self.job(db, job_id, uid=uid)
+        check_retry(job)
+        old = self._run(db, job.run_id)
+        is_file = old.source_key is None
+        new = NewJob(
+            uid=job.uid,
+            priority=job.priority,
+            attached=False,
+            key=None,
+            source=job.source,
+            options=job.options,
+            fresh=False,
+            fingerprint=b"",
+            share_key=model_key(old),
+            folder=None,
+            sha256=old.sha256 if is_file else "",
+            size_bytes=old.size_bytes if is_file else 0,
+            source_key=None if is_file else model_key(old),
+        )
+        run = self._shareable_run(db, new)
+        if run is None and old.state not in (JobState.FAILED, JobState.CANCELLED):
+            run = old  # only the job was cancelled; others kept the work, which is of another model than today's
+        if run is None or (old.fresh and run.id < old.id):  # older results are what `fresh` asked not to have
+            if not is_file:  # a video is downloaded again
+                return self.accept(db, replace(new, fresh=old.fresh), now)
+            giver = self._keeper(db, old)
+            change = Change()
+            new_run = self._insert_run(db, replace(new, folder=giver.folder, fresh=old.fresh), now)
+            db.execute("UPDATE runs SET folder = NULL, audio_expires_at = NULL WHERE id = ?", (giver.id,))
+            db.execute(
+                "UPDATE runs SET decoded = ?, audio_s = ?, truncated = ? WHERE id = ?",
+                (giver.decoded, giver.audio_s, giver.truncated, new_run.id),
+            )
+            run = self._run(db, new_run.id)
+            change.runs.append(run)
+        else:
+            change = Change(reused=True)
+        again = self._insert_job(db, new, run, now)
+        self._add_event(db, change, again, "state", {"state": again.state})
+        change.job, change.run = self._catch_up(db, change, again, run, now), run
+        return change
+
+    def _keeper(self, db: sqlite3.Connection, old: RunRow) -> RunRow:
+        """Return the ended run that keeps this audio: the run itself, or a later one that got it for the same work."""
+        found = self._runs(
+            db,
+            """audio_expires_at IS NOT NULL AND folder IS NOT NULL AND uid = ? AND sha256 = ? AND options = ?
+               ORDER BY id DESC LIMIT 1""",
+            old.uid,
+            old.sha256,
+            pack(old.options),
+        )
+        if not found:
+            raise WhisperdError(
+                ErrorCode.NOT_FOUND,
+                "the audio of this job is not kept any more (setting keep_failed_audio_hours): submit the recording "
+                "again",
+            )
+        return found[0]
 
     def forget(self, db: sqlite3.Connection, job_id: int, *, uid: int | None) -> Change:
         """Delete an ended job with its key, and its run when no other job has it. Raises `not_found`, `bad_request`."""

@@ -115,28 +115,27 @@ class _Submission:
     def begin(self) -> None:
         """Look the key up first, if there is one: a retry of an accepted submit is never refused for want of room."""
         key = self._params.key
-        if key is None:
-            self._admit_and_copy(known=False)
-            return
         store, uid = self._house.ledger.store, self._peer.uid
         early = self._early_fingerprint()
 
-        def then(row: Any) -> None:
-            if row is not None and row["fingerprint"][: len(early)] != early:
+        def then(found: tuple[Any, int]) -> None:
+            row, stored_bytes = found
+            if key is not None and row is not None and row["fingerprint"][: len(early)] != early:
                 self._give_up(key_conflict(key))
                 return
             if row is not None and self._params.attached:
                 # A holder that comes back holds its job from now on, not only once its file is copied again.
                 self._house.hold(row["job_id"], self._peer)
-            self._admit_and_copy(known=row is not None)
+            self._admit_and_copy(known=row is not None, stored_bytes=stored_bytes)
 
-        self._house.ledger.read(lambda db, now: store.known_key(db, uid, key, now), then, self._give_up)
+        self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up)
 
-    def _admit_and_copy(self, *, known: bool) -> None:
+    def _admit_and_copy(self, *, known: bool, stored_bytes: int) -> None:
         try:
             self._house.refuse_when_stopping()
             if not known:
-                self._house.admit(self._params.priority, self._size_bytes)
+                uid, priority = self._peer.uid, self._params.priority
+                self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=stored_bytes)
             if self._peer.closed and not self._outlives_client:
                 raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
         except WhisperdError as error:
@@ -146,6 +145,7 @@ class _Submission:
             uid=self._peer.uid,
             priority=self._params.priority,
             descriptor=self._descriptor,
+            size_bytes=self._size_bytes,
             folder=self._house.ledger.spool.new_folder(),
             client=None if self._outlives_client else self._peer.id,
             copied=self._copied,

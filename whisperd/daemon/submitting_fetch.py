@@ -23,18 +23,16 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
     The key is looked up first: a retry of an accepted submit is never refused for want of room.
     """
     new = _new_job(house, peer, params)
-    if params.key is None:
-        _accept(house, peer, new, reply, fail, known=False)
-        return
     key, store = params.key, house.ledger.store
 
-    def then(row: Any) -> None:
-        if row is not None and row["fingerprint"] != new.fingerprint:
+    def then(found: tuple[Any, int]) -> None:
+        row, stored_bytes = found
+        if key is not None and row is not None and row["fingerprint"] != new.fingerprint:
             fail(key_conflict(key))
         else:
-            _accept(house, peer, new, reply, fail, known=row is not None)
+            _accept(house, peer, new, reply, fail, known=row is not None, stored_bytes=stored_bytes)
 
-    house.ledger.read(lambda db, now: store.known_key(db, peer.uid, key, now), then, fail)
+    house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail)
 
 
 def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
@@ -57,19 +55,19 @@ def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
     )
 
 
-def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, known: bool) -> None:
+def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, known: bool, stored_bytes: int) -> None:
     try:
         house.refuse_when_stopping()
         if not known:
-            house.admit(new.priority, 0)
+            house.admit(new.uid, new.priority, size_bytes=0, stored_bytes=stored_bytes)
     except WhisperdError as error:
         fail(error)
         return
     # It takes its place of the queue now: the commit may be a while, and others are admitted meanwhile.
-    house.accepting[new.priority] += 1
+    house.accepting[new.uid, new.priority] += 1
 
     def accepted(change: Change) -> None:
-        house.accepting[new.priority] -= 1
+        house.accepting[new.uid, new.priority] -= 1
         job, run = about(change)
         if change.reused:
             house.metrics.cache_hits += 1
@@ -78,7 +76,7 @@ def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, 
         reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
 
     def refused(error: WhisperdError) -> None:
-        house.accepting[new.priority] -= 1
+        house.accepting[new.uid, new.priority] -= 1
         fail(error)
 
     store = house.ledger.store

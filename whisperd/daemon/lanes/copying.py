@@ -32,6 +32,7 @@ class Copy:
     uid: int
     priority: Priority
     descriptor: int
+    size_bytes: int
     folder: str
     client: int | None  # the connection with which it ends, if it does not outlive its client
     copied: Callable[[Copied], None]
@@ -68,12 +69,14 @@ class CopyLane:
         """Copies that have not begun."""
         return sum(not copy.active for copy in self._copies.values())
 
-    def counts(self) -> dict[Priority, int]:
-        """Return how many copies wait or run, by priority: each is a job to be."""
-        counts = dict.fromkeys(Priority, 0)
-        for copy in (*self._copies.values(), *self._committing.values()):
-            counts[copy.priority] += 1
-        return counts
+    def counts(self) -> Counter[tuple[int, Priority]]:
+        """Return how many copies wait or run, by user and priority: each is a job to be."""
+        return Counter((copy.uid, copy.priority) for copy in (*self._copies.values(), *self._committing.values()))
+
+    def bytes_of(self, uid: int) -> int:
+        """Return how many bytes a user's copies will take in the spool."""
+        copies = (*self._copies.values(), *self._committing.values())
+        return sum(copy.size_bytes for copy in copies if copy.uid == uid)
 
     def add(self, copy: Copy) -> None:
         """Take a copy over."""

@@ -31,7 +31,7 @@ class DecodeLane:
         self._loop = loop
         self._turns = Turns()
         self._generations = itertools.count(1)
-        self._active: set[int] = set()
+        self._active: dict[int, str] = {}  # run → its folder: a retried run has the folder of the one before it
         self._paused = False
         self.failed = 0
 
@@ -70,17 +70,19 @@ class DecodeLane:
         board = self._ledger.board
         queued = [run for run in board.runs.values() if run.row.state is JobState.QUEUED]
         ahead = sum(run.row.decoded and board.priority(run.row.id) is Priority.BACKGROUND for run in queued)
+        busy = set(self._active.values())
         return [
             run
             for run in queued
             if not run.row.decoded
             and run.row.id not in self._active
+            and run.row.folder not in busy
             and (ahead < DECODE_AHEAD or board.priority(run.row.id) is Priority.INTERACTIVE)
         ]
 
     def _start(self, run_id: int, priority: Priority) -> None:
-        self._active.add(run_id)
         live = self._ledger.board.runs[run_id]
+        self._active[run_id] = live.row.folder or ""
         live.phase = "decoding"
         generation = next(self._generations)
         self.pool.run(
@@ -109,10 +111,10 @@ class DecodeLane:
                 "waiting for the model",
             )
         elif isinstance(message, Failed) and message.code == ErrorCode.STORAGE_FULL:
-            self._active.discard(run_id)
+            self._active.pop(run_id, None)
             self._pause()
         elif isinstance(message, Failed) and message.code == ErrorCode.CANCELLED:
-            self._active.discard(run_id)
+            self._active.pop(run_id, None)
         elif isinstance(message, Failed):
             self.failed += 1
             error = WhisperdError(message.code, message.message)
@@ -130,14 +132,14 @@ class DecodeLane:
         """Commit what became of a run; until then it stays active, so that nobody starts it again."""
 
         def then(change: Change) -> None:
-            self._active.discard(run_id)
+            self._active.pop(run_id, None)
             live = self._ledger.board.runs.get(run_id)
             if live is not None:
                 live.phase = phase
             self.pump()
 
         def failed(error: WhisperdError) -> None:
-            self._active.discard(run_id)
+            self._active.pop(run_id, None)
             self._pause()
 
         self._ledger.commit(call, then, failed)

@@ -68,7 +68,8 @@ class ModelLane:
         self._last_beat_at = 0.0
         self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
         self.held = False  # unloaded by an administrator: stays so until he loads it
-        self.paused = False
+        self.paused = False  # by an administrator: what is open goes on, nothing is begun
+        self._freed = False  # the pause has unloaded the model, so `resume` loads it
         self.identity: list[Any] = []  # what tells this model's results from another's
         self.starts = 0
         self.crashes = 0
@@ -139,6 +140,21 @@ class ModelLane:
             self._restart = None
         if self._helper is not None:
             self._end("unloaded")
+
+    def pause(self, *, free_gpu: bool) -> None:
+        """Begin no run any more; with `free_gpu` also give the device's memory back, as `unload` does."""
+        self.paused = True
+        if free_gpu and not self.held:
+            self._freed = True
+            self.unload()
+
+    def resume(self) -> None:
+        """Begin runs again; load the model if the pause has unloaded it."""
+        self.paused = False
+        freed, self._freed = self._freed, False
+        if freed and self.held:
+            self.load()
+        self.pump()
 
     def stop(self) -> None:
         """The daemon stops: return running work to the queue and end the helper."""
