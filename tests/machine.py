@@ -46,7 +46,18 @@ class Machine:
     def _boot(self, binds: dict[Path, str]) -> None:
         # The control group first, then its namespace: systemd takes the group it finds itself in for the root.
         enter = f"echo $$ > {shlex.quote(str(self._group / 'cgroup.procs'))}"
-        unshare = ["unshare", *_NAMESPACES, "--propagation", "private", "--fork", "--kill-child=SIGKILL"]
+        # A test run that is killed takes the machine with it: its PID 1 dies with unshare, which dies with us.
+        unshare = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *_NAMESPACES,
+            "--propagation",
+            "private",
+            "--fork",
+            "--kill-child=SIGKILL",
+        ]
         command = [*unshare, "bash", str(INIT), str(self._folder), *(f"{a}:{b}" for a, b in binds.items())]
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(
