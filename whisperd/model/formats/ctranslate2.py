@@ -11,50 +11,37 @@ import json
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.model.formats.weights import Weights, cannot_load
 
 _SPEC = "WhisperSpec"
 _TYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.float16, 5: torch.bfloat16}
 _FLOATS = (torch.float32, torch.float16)
 
 
-def _bad(folder: Path, what: str) -> WhisperdError:
-    return WhisperdError(ErrorCode.MODEL_UNAVAILABLE, f"{folder} cannot be loaded: {what}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """What any kind of model file is turned into: openai-whisper's dimensions and state dict.
-
-    `alignment_heads` are (layer, head) pairs, or None where the file names none.
-    """
-
-    dims: dict[str, int]
-    state: dict[str, torch.Tensor]
-    alignment_heads: list[tuple[int, int]] | None
-
-
-def read_folder(folder: Path) -> Weights:
+def read_ctranslate2_folder(folder: Path) -> Weights:
     """Return the weights of a CTranslate2 folder.
 
     Raises `WhisperdError` (`model_unavailable`), saying what the folder lacks or is instead.
     """
     path = folder / "model.bin"
     if not path.is_file():
-        raise _bad(folder, "there is no model.bin in it, so it is no folder in CTranslate2's format")
+        raise cannot_load(
+            folder,
+            "there is no model.bin in it, so it is no folder in CTranslate2's format, "
+            "and no model.safetensors, so it is none of the transformers library",
+        )
     try:
         variables = _read_variables(path)
     except (struct.error, UnicodeDecodeError, ValueError, IndexError) as error:
-        raise _bad(folder, f"its model.bin is damaged or cut short ({error}); copy the folder again") from None
+        raise cannot_load(folder, f"its model.bin is damaged or cut short ({error}); copy the folder again") from None
     kinds = {value.dtype for name, value in variables.items() if name.endswith("/weight")}
     if not kinds <= set(_FLOATS):
         other = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - set(_FLOATS)))
-        raise _bad(
+        raise cannot_load(
             folder,
             f"its weights are {other}, and whisperd computes with OpenAI's own weights: "
             "take the float16 or float32 conversion of the same model",
@@ -62,7 +49,9 @@ def read_folder(folder: Path) -> Weights:
     try:
         return Weights(dims=_dims(variables), state=_state(variables), alignment_heads=_alignment_heads(folder))
     except KeyError as missing:
-        raise _bad(folder, f"its model.bin has no {missing.args[0]!r}, so it holds no whole Whisper model") from None
+        raise cannot_load(
+            folder, f"its model.bin has no {missing.args[0]!r}, so it holds no whole Whisper model"
+        ) from None
 
 
 def _read_variables(path: Path) -> dict[str, torch.Tensor]:
@@ -181,4 +170,4 @@ def _alignment_heads(folder: Path) -> list[tuple[int, int]] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
-        raise _bad(folder, "its config.json is not the one that belongs to CTranslate2's format") from None
+        raise cannot_load(folder, "its config.json is not the one that belongs to CTranslate2's format") from None

@@ -1,0 +1,1 @@
+"""Kinds of model files: each module here reads one kind into `Weights`."""
