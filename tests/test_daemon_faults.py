@@ -19,9 +19,9 @@ import pytest
 
 from tests.models import micro_checkpoint
 from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, requires_root, running_daemon, submit, wait_until
-from whisperd.daemon.database import Database
-from whisperd.daemon.rows import NewJob, about
 from whisperd.daemon.store import Retention, Store
+from whisperd.daemon.store.database import Database
+from whisperd.daemon.store.rows import NewJob, about
 from whisperd.protocol.jobs import Priority
 
 NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait

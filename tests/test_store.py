@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.support import wait_until
-from whisperd.daemon.database import Database, StateError, open_database
-from whisperd.daemon.migrations import MIGRATIONS
-from whisperd.daemon.rows import Change, Event, JobRow, NewJob, RunRow
 from whisperd.daemon.store import Retention, Store
+from whisperd.daemon.store.database import Database, StateError, open_database
+from whisperd.daemon.store.migrations import MIGRATIONS
+from whisperd.daemon.store.rows import Change, Event, JobRow, NewJob, RunRow
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import IllegalMove, JobState, Priority
 from whisperd.protocol.options import parse_options

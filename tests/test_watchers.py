@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.rows import Event
 from whisperd.daemon.server import Peer
+from whisperd.daemon.store.rows import Event
 from whisperd.daemon.watchers import Wait, Watchers
 
 END = Event(job_id=1, uid=0, seq=3, kind="end", payload={"state": "done", "error": None})

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from whisperd.daemon.rows import Change, JobRow, RunRow
 from whisperd.daemon.scheduler import Turns, Waiting, in_order
+from whisperd.daemon.store.rows import Change, JobRow, RunRow
 from whisperd.protocol.jobs import WAITING, Job, JobState, Priority
 
 _FIRST_PHASES = {JobState.PENDING: "waiting for its download", JobState.FETCHING: "downloading"}

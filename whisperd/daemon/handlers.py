@@ -10,10 +10,10 @@ from typing import Any
 from whisperd import __version__
 from whisperd.daemon.house import House
 from whisperd.daemon.retrying import retry
-from whisperd.daemon.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.statistics import statistics
 from whisperd.daemon.store import Answer, not_found
+from whisperd.daemon.store.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.submitting import submit
 from whisperd.daemon.watchers import Subscription, Wait
 from whisperd.protocol import PROTOCOL_VERSION

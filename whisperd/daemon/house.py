@@ -13,7 +13,6 @@ from whisperd import __version__
 from whisperd.daemon.admission import Applicant, check_admission
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
-from whisperd.daemon.database import Database, StateError
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
@@ -22,10 +21,11 @@ from whisperd.daemon.lanes.pool import Pool
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
-from whisperd.daemon.rows import Change
 from whisperd.daemon.server import Peer
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
+from whisperd.daemon.store.database import Database, StateError
+from whisperd.daemon.store.rows import Change
 from whisperd.daemon.watchers import Watchers
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.rows import pack
+from whisperd.daemon.store.rows import pack
 
 
 def digest(value: Any) -> bytes:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from whisperd.daemon.board import Board
-from whisperd.daemon.database import Database
 from whisperd.daemon.metrics import Metrics
-from whisperd.daemon.rows import Change
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import Store
+from whisperd.daemon.store.database import Database
+from whisperd.daemon.store.rows import Change
 from whisperd.daemon.watchers import Watchers
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState

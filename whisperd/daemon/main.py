@@ -20,13 +20,13 @@ import click
 from whisperd import __version__
 from whisperd.daemon import systemd
 from whisperd.daemon.config import Config, ConfigError, load_config
-from whisperd.daemon.database import Database, StateError
 from whisperd.daemon.handlers import dispatch
 from whisperd.daemon.house import House
 from whisperd.daemon.listener import Listener, SocketTakenError, inherited_listener, make_folder
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
+from whisperd.daemon.store.database import Database, StateError
 from whisperd.protocol import logs
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths

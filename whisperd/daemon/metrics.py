@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from whisperd.daemon.rows import JobRow
+from whisperd.daemon.store.rows import JobRow
 from whisperd.protocol.jobs import JobState, Priority
 
 _RECENT = 1000

@@ -8,8 +8,8 @@ from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import share_key, source_key
-from whisperd.daemon.rows import Change, JobRow, RunRow, about
 from whisperd.daemon.store import check_retry
+from whisperd.daemon.store.rows import Change, JobRow, RunRow, about
 from whisperd.protocol.errors import WhisperdError
 
 

@@ -12,9 +12,9 @@ from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, share_key
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.rows import Change, NewJob, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.store import key_conflict
+from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.daemon.submitting_fetch import submit_fetch
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request

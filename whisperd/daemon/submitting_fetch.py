@@ -7,9 +7,9 @@ from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, source_key
-from whisperd.daemon.rows import Change, NewJob, about
 from whisperd.daemon.server import Peer
 from whisperd.daemon.store import key_conflict
+from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.messages import Submit, source_to_wire
 

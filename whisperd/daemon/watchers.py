@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from whisperd.daemon.loop import Timer
-from whisperd.daemon.rows import Event
 from whisperd.daemon.server import Peer
+from whisperd.daemon.store.rows import Event
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from whisperd.daemon.keys import share_key
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.rows import Change
 from whisperd.daemon.scheduler import Turns, pick
+from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Failed, Fetch, Fetched, FetchFailed, HelperMessage, Progress
 from whisperd.protocol.jobs import JobState, Priority

@@ -19,8 +19,8 @@ from whisperd.daemon.helper import ExitReason, Helper
 from whisperd.daemon.lanes.recording import Recorder
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
-from whisperd.daemon.rows import Change
 from whisperd.daemon.scheduler import pick
+from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
     Cancel,

@@ -7,7 +7,7 @@ from typing import Any
 
 from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.rows import Change
+from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import WhisperdError
 
 _TRY_AGAIN_S = 1.0

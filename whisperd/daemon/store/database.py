@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from whisperd.daemon.migrations import MIGRATIONS
+from whisperd.daemon.store.migrations import MIGRATIONS
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 log = logging.getLogger("whisperd.database")

@@ -1,0 +1,204 @@
+"""How a job comes to be: by a submit or a retry, with a run of its own or as one more of a run that is there."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+
+from whisperd.daemon.store.moving import Moving
+from whisperd.daemon.store.reading import all_rows
+from whisperd.daemon.store.rows import Change, JobRow, NewJob, RunRow, pack, unpack
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.jobs import JobState
+
+# Returns the key under which the work of a run is shared, with the model of now.
+ModelKey = Callable[[RunRow], bytes]
+
+
+def check_retry(job: JobRow) -> None:
+    """Raise `bad_request` unless a job has failed or was cancelled."""
+    if job.state not in (JobState.FAILED, JobState.CANCELLED):
+        hint = "its transcript is there" if job.state is JobState.DONE else "cancel it first"
+        raise WhisperdError(
+            ErrorCode.BAD_REQUEST,
+            f"job {job.id} is {job.state}, and only failed and cancelled ones are retried: {hint}",
+        )
+
+
+def key_conflict(key: str) -> WhisperdError:
+    """Return the error for a key that stands for another source or other options."""
+    return WhisperdError(
+        ErrorCode.KEY_CONFLICT,
+        f"the key {key!r} belongs to a job with another source or other options: use a new key for new work",
+    )
+
+
+class Accepting(Moving):
+    """New jobs."""
+
+    def accept(self, db: sqlite3.Connection, new: NewJob, now: float) -> Change:
+        """Make a job, and a run unless one does the same work. `Change.job` is the job, also an older one of the key.
+
+        Raises `key_conflict`, or `not_found` for a key whose job is gone. On an error the caller deletes the folder;
+        `Change.folders` says whether it is still needed.
+        """
+        change = Change()
+        if new.key is not None and (known := self.known_key(db, new.uid, new.key, now)) is not None:
+            if known["fingerprint"] != new.fingerprint:
+                raise key_conflict(new.key)
+            change.job, change.reused = self.job(db, known["job_id"], uid=None), True
+            change.run = self._run(db, change.job.run_id)
+            if new.folder is not None:
+                change.folders.append(new.folder)
+            return change
+        run = None if new.fresh else self._shareable_run(db, new)
+        change.reused = run is not None
+        if run is None:
+            run = self._insert_run(db, new, now)
+            change.runs.append(run)
+        elif new.folder is not None:
+            change.folders.append(new.folder)
+        job = self._insert_job(db, new, run, now)
+        self._add_event(db, change, job, "state", {"state": job.state})
+        job = self._catch_up(db, change, job, run, now)
+        if new.key is not None:
+            db.execute(
+                "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, NULL)", (new.uid, new.key, job.id, new.fingerprint)
+            )
+        change.job, change.run = job, self._run(db, run.id)
+        return change
+
+    def retry(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None, model_key: ModelKey) -> Change:
+        """Make a new job for the source of a failed or cancelled one; `Change.job` is the new one.
+
+        Its work is a new run, to which the old one hands its folder over, in this transaction: of several retries the
+        first gets the audio and the others join its run, and whenever the daemon is killed one row names the folder.
+        Raises `not_found`, also when the audio is gone, and `bad_request` for a job that has not ended so.
+        """
+        job = self.job(db, job_id, uid=uid)
+        check_retry(job)
+        old = self._run(db, job.run_id)
+        is_file = old.source_key is None
+        new = NewJob(
+            uid=job.uid,
+            priority=job.priority,
+            attached=False,
+            key=None,
+            source=job.source,
+            options=job.options,
+            fresh=False,
+            fingerprint=b"",
+            share_key=model_key(old),
+            folder=None,
+            sha256=old.sha256 if is_file else "",
+            size_bytes=old.size_bytes if is_file else 0,
+            source_key=None if is_file else model_key(old),
+        )
+        run = self._shareable_run(db, new)
+        if run is None and old.state not in (JobState.FAILED, JobState.CANCELLED):
+            run = old  # only the job was cancelled; others kept the work, which is of another model than today's
+        if run is None or (old.fresh and run.id < old.id):  # older results are what `fresh` asked not to have
+            if not is_file:  # a video is downloaded again
+                return self.accept(db, replace(new, fresh=old.fresh), now)
+            giver = self._keeper(db, old)
+            change = Change()
+            new_run = self._insert_run(db, replace(new, folder=giver.folder, fresh=old.fresh), now)
+            db.execute("UPDATE runs SET folder = NULL, audio_expires_at = NULL WHERE id = ?", (giver.id,))
+            db.execute(
+                "UPDATE runs SET decoded = ?, audio_s = ?, truncated = ? WHERE id = ?",
+                (giver.decoded, giver.audio_s, giver.truncated, new_run.id),
+            )
+            run = self._run(db, new_run.id)
+            change.runs.append(run)
+        else:
+            change = Change(reused=True)
+        again = self._insert_job(db, new, run, now)
+        self._add_event(db, change, again, "state", {"state": again.state})
+        change.job, change.run = self._catch_up(db, change, again, run, now), run
+        return change
+
+    def _keeper(self, db: sqlite3.Connection, old: RunRow) -> RunRow:
+        """Return the ended run that keeps this audio: the run itself, or a later one that got it for the same work."""
+        found = self._runs(
+            db,
+            """audio_expires_at IS NOT NULL AND folder IS NOT NULL AND uid = ? AND sha256 = ? AND options = ?
+               ORDER BY id DESC LIMIT 1""",
+            old.uid,
+            old.sha256,
+            pack(old.options),
+        )
+        if not found:
+            raise WhisperdError(
+                ErrorCode.NOT_FOUND,
+                "the audio of this job is not kept any more (setting keep_failed_audio_hours): submit the recording "
+                "again",
+            )
+        return found[0]
+
+    def _shareable_run(self, db: sqlite3.Connection, new: NewJob) -> RunRow | None:
+        if new.source_key is not None:
+            return self._run_with(db, "source_key", new.source_key)
+        return self._run_with(db, "share_key", new.share_key)
+
+    def _insert_run(self, db: sqlite3.Connection, new: NewJob, now: float) -> RunRow:
+        cursor = db.execute(
+            """INSERT INTO runs (uid, state, share_key, folder, sha256, size_bytes, options, source, source_key, fresh,
+               created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            (
+                new.uid,
+                _first_state(new),
+                new.share_key,
+                new.folder,
+                new.sha256,
+                new.size_bytes,
+                pack(new.options),
+                None if new.source_key is None else pack(new.source),
+                new.source_key,
+                new.fresh,
+                now,
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return self._run(db, cursor.lastrowid)
+
+    def _insert_job(self, db: sqlite3.Connection, new: NewJob, run: RunRow, now: float) -> JobRow:
+        cursor = db.execute(
+            """INSERT INTO jobs (run_id, uid, state, priority, attached, key, source, options, submitted_at)
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            (
+                run.id,
+                new.uid,
+                _first_state(new),
+                new.priority,
+                new.attached,
+                new.key,
+                pack(new.source),
+                pack(new.options),
+                now,
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return self.job(db, cursor.lastrowid, uid=None)
+
+    def _catch_up(self, db: sqlite3.Connection, change: Change, job: JobRow, run: RunRow, now: float) -> JobRow:
+        """Bring a new job to where its run is: running or done, with the segments so far."""
+        if job.state is JobState.PENDING and run.state is not JobState.DONE:
+            step = JobState.FETCHING if run.state is JobState.FETCHING else JobState.QUEUED
+            if run.state is not JobState.PENDING:
+                job = self._move_job(db, change, job, step, now)
+        if run.state is JobState.RUNNING:
+            job = self._move_job(db, change, job, JobState.RUNNING, now)
+        for row in all_rows(
+            db, "SELECT * FROM segments WHERE run_id = ? AND start = ? ORDER BY number", run.id, run.starts
+        ):
+            self._add_segment_event(db, change, job, run, row["number"], unpack(row["payload"]))
+        if run.state is JobState.DONE:
+            job = self._move_job(db, change, job, JobState.DONE, now)
+        job = self.job(db, job.id, uid=None)
+        change.jobs.append(job)
+        return job
+
+
+def _first_state(new: NewJob) -> JobState:
+    return JobState.QUEUED if new.source_key is None else JobState.PENDING

@@ -1,0 +1,120 @@
+"""A run's way through decoder and model to its end, and back into the queue when a process dies."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from whisperd.daemon.store.moving import Moving, Retention
+from whisperd.daemon.store.reading import ENDED_SQL, all_rows
+from whisperd.daemon.store.rows import Change, job_row, pack
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.jobs import JobState
+
+
+class Running(Moving):
+    """The work on a run. A run that helpers of `max_deaths` processes died at is given up."""
+
+    def __init__(self, retention: Retention, max_deaths: int = 3) -> None:
+        super().__init__(retention)
+        self._max_deaths = max_deaths
+
+    def recover(self, db: sqlite3.Connection, now: float) -> tuple[Change, set[str]]:
+        """Put interrupted work back into the queue; return all that lives, and every folder that a row names."""
+        change = Change()
+        for run in self._runs(db, "state = 'running'"):
+            self._put_back(db, change, run)
+        for run in self._runs(db, "state = 'fetching'"):
+            self._unfetch(db, change, run, now)
+        live = Change(runs=self._runs(db, f"state NOT IN {ENDED_SQL}"), events=change.events)
+        live.jobs = [job_row(row) for row in all_rows(db, f"SELECT * FROM jobs WHERE state NOT IN {ENDED_SQL}")]
+        named = {row["folder"] for row in all_rows(db, "SELECT folder FROM runs WHERE folder IS NOT NULL")}
+        return live, named
+
+    def decoded(self, db: sqlite3.Connection, run_id: int, *, audio_s: float, truncated: bool) -> Change:
+        """Record that a run's PCM is in its folder."""
+        db.execute(
+            f"UPDATE runs SET decoded = 1, audio_s = ?, truncated = ? WHERE id = ? AND state NOT IN {ENDED_SQL}",
+            (audio_s, truncated, run_id),
+        )
+        run = self._find_run(db, run_id)
+        return Change(runs=[] if run is None else [run])
+
+    def start(self, db: sqlite3.Connection, run_id: int, now: float) -> Change:
+        """Move a queued run to `running`: the model begins it. Empty when the run has ended meanwhile."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state is not JobState.QUEUED:
+            return change
+        db.execute("UPDATE runs SET starts = starts + 1, segments = 0 WHERE id = ?", (run_id,))
+        self._move_run(db, change, run, JobState.RUNNING, now)
+        return change
+
+    def add_segments(self, db: sqlite3.Connection, run_id: int, segments: Sequence[Mapping[str, Any]]) -> Change:
+        """Store the segments of one window and tell every job of the run."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state is not JobState.RUNNING:
+            return change
+        for number, segment in enumerate(segments, start=run.segments):
+            db.execute("INSERT INTO segments VALUES (?, ?, ?, ?)", (run_id, run.starts, number, pack(segment)))
+            for job in self._live_jobs(db, run_id):
+                self._add_segment_event(db, change, job, run, number, segment)
+        db.execute("UPDATE runs SET segments = segments + ? WHERE id = ?", (len(segments), run_id))
+        change.jobs = self._live_jobs(db, run_id)
+        change.runs = [self._run(db, run_id)]
+        return change
+
+    def finish(self, db: sqlite3.Connection, run_id: int, transcript: bytes, now: float) -> Change:
+        """End a running run with its transcript; its audio is not needed any more."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state is not JobState.RUNNING:
+            return change
+        db.execute("INSERT INTO transcripts VALUES (?, ?)", (run_id, transcript))
+        self._release_audio(db, change, run)
+        self._move_run(db, change, run, JobState.DONE, now)
+        return change
+
+    def fail(self, db: sqlite3.Connection, run_id: int, error: WhisperdError, now: float) -> Change:
+        """End a run and its jobs with an error; the audio is kept for a while."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is not None and not run.state.ended:
+            self._move_run(db, change, run, JobState.FAILED, now, error=error)
+        return change
+
+    def put_back(self, db: sqlite3.Connection, run_id: int, now: float, *, died: bool) -> Change:
+        """Return a run whose helper is gone to the queue; `died` counts against it, and the last death fails it."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is None or run.state.ended:
+            return change
+        if died:
+            db.execute("UPDATE runs SET deaths = deaths + 1 WHERE id = ?", (run_id,))
+            if run.deaths + 1 >= self._max_deaths:
+                error = WhisperdError(
+                    ErrorCode.WORKER_CRASHED,
+                    f"the process that worked on it died {run.deaths + 1} times; the daemon's log says how",
+                )
+                self._move_run(db, change, run, JobState.FAILED, now, error=error)
+                return change
+        if run.state is JobState.RUNNING:
+            self._put_back(db, change, run)
+        elif run.state is JobState.FETCHING:
+            self._unfetch(db, change, run, now)
+        else:
+            change.runs = [self._run(db, run_id)]
+        return change
+
+    def cancel(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None) -> Change:
+        """Cancel a job; the run ends with its last job. An ended job comes back unchanged. Raises `not_found`."""
+        change = Change()
+        job = self.job(db, job_id, uid=uid)
+        if not job.state.ended:
+            self._move_job(db, change, job, JobState.CANCELLED, now)
+            if not self._live_jobs(db, job.run_id):
+                self._move_run(db, change, self._run(db, job.run_id), JobState.CANCELLED, now)
+        change.job, change.run = self.job(db, job_id, uid=None), self._run(db, job.run_id)
+        return change
