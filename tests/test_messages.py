@@ -32,7 +32,8 @@ def refusal(message: dict[str, Any]) -> WhisperdError:
 ACCEPTED = [
     ("hello", {}, messages.Hello()),
     ("health", {}, messages.Health()),
-    ("stats", {}, messages.Stats()),
+    ("stats", {}, messages.Stats(inspect=False)),
+    ("stats", {"inspect": True}, messages.Stats(inspect=True)),
     ("result", {"job": 1}, messages.Result(job=1, wait_s=0)),
     ("result", {"job": 2**53 - 1, "wait_s": None}, messages.Result(job=2**53 - 1, wait_s=None)),
     ("result", {"job": 1, "wait_s": 2}, messages.Result(job=1, wait_s=2.0)),

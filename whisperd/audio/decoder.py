@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import av.logging
 
 from whisperd.audio.limits import limit_job, limit_process
@@ -29,6 +30,7 @@ def main() -> None:
     # FFmpeg speaks of every odd byte in every file; what matters comes back as an exception.
     av.logging.set_level(None)
     link = start("decoder")
+    link.gauges = lambda: {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info}
     settings = link.settings
     spool, max_audio_s = Path(settings["spool"]), settings["max_audio_s"]
     memory_mb, cpu_s = settings["decode_memory_mb"], settings["decode_cpu_s"]

@@ -81,7 +81,9 @@ def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int])
 
 
 def _handle_hello(call: Call, params: Hello) -> None:
-    call.reply({"protocol": PROTOCOL_VERSION, "server": "whisperd", "version": __version__})
+    uid = call.peer.uid
+    you = {"uid": uid, "admin": call.house.is_admin(uid)}
+    call.reply({"protocol": PROTOCOL_VERSION, "server": "whisperd", "version": __version__} | you)
 
 
 def _handle_health(call: Call, params: Health) -> None:
@@ -89,7 +91,7 @@ def _handle_health(call: Call, params: Health) -> None:
 
 
 def _handle_stats(call: Call, params: Stats) -> None:
-    statistics(call.house, call.reply, call.fail)
+    statistics(call.house, call.reply, call.fail, inspect=params.inspect)
 
 
 def _handle_submit(call: Call, params: Submit) -> None:

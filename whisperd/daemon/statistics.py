@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from whisperd.daemon.helper import process_rss_bytes
 from whisperd.daemon.house import House
+from whisperd.daemon.lanes.pool import Pool
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import JobState, Priority
 
 Reply = Callable[[Mapping[str, Any]], None]
 Fail = Callable[[WhisperdError], None]
 
+_INSPECT_S = 20.0  # a fetcher is up in one or two; on a busy machine it may take longer
+_MODEL_SOFTWARE = ("torch", "whisper", "cuda", "cuda_devices", "cuda_problem")
 
-def statistics(house: House, reply: Reply, fail: Fail) -> None:
+
+def statistics(house: House, reply: Reply, fail: Fail, *, inspect: bool = False) -> None:
+    """Answer `stats`; with `inspect` once the helpers that are there only when needed have told what they know."""
+    if not inspect:
+        _look_and_reply(house, reply, fail)
+        return
+    unknown = {house.decoding.pool, house.fetching.pool}
+    answered = False
+
+    def answer() -> None:
+        nonlocal answered
+        if not answered:
+            answered = True
+            timer.cancel()
+            _look_and_reply(house, reply, fail)
+
+    def known(pool: Pool) -> None:
+        unknown.discard(pool)
+        if not unknown:
+            answer()
+
+    timer = house.loop.call_later(_INSPECT_S, answer)
+    for pool in list(unknown):
+        pool.when_known(partial(known, pool))
+
+
+def _look_and_reply(house: House, reply: Reply, fail: Fail) -> None:
     """Collect what only the disk knows in the store thread, then answer."""
 
     def look(db: Any, now: float) -> dict[str, Any]:
@@ -47,6 +78,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "run_s": metrics.runs(),
         "audio": {"transcribed_s": metrics.transcribed_s, "speed": _ratio(house.modelling.gauges, "audio_s", "busy_s")},
         "model": _model(house),
+        "software": _software(house),
         "lanes": {
             "copy": {
                 "active": sum(house.copying.pool.busy.values()),
@@ -69,6 +101,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "spool_bytes": disk["spool_bytes"],
         "database_bytes": disk["database_bytes"],
         "free_bytes": house.free_bytes,
+        "min_free_bytes": config.min_free_bytes,
         "connections": house.connections(),
         "daemon": {
             "pid": os.getpid(),
@@ -90,12 +123,25 @@ def _model(house: House) -> dict[str, Any]:
         "crashes": lane.crashes,
         "windows": gauges.get("windows", 0),
         "tokens": gauges.get("tokens", 0),
+        "audio_s": gauges.get("audio_s", 0.0),
+        "busy_s": gauges.get("busy_s", 0.0),
         "windows_per_s": _ratio(gauges, "windows", "busy_s"),
         "tokens_per_s": _ratio(gauges, "tokens", "busy_s"),
         # One window at a time until the batching engine is there: a busy model is full.
         "batch_occupancy": 1.0 if lane.active else 0.0,
         "device_used_bytes": gauges.get("device_used_bytes"),
         "device_total_bytes": gauges.get("device_total_bytes"),
+    }
+
+
+def _software(house: House) -> dict[str, Any]:
+    """Return the versions of what does the work, as the helpers that have it told them."""
+    decoder = house.decoding.pool.gauges
+    return {
+        "python": platform.python_version(),
+        **{name: house.modelling.gauges.get(name) for name in _MODEL_SOFTWARE},
+        "av": decoder.get("av"),
+        "ffmpeg": decoder.get("ffmpeg"),
     }
 
 

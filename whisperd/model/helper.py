@@ -16,6 +16,7 @@ from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
+from whisperd.model.software import describe
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
@@ -63,6 +64,7 @@ class ModelHelper:
         self._settings = settings
         self._engine: Engine | None = None
         self._error = ""
+        self._software: dict[str, Any] = {}
         self._mel_worker = Worker("mel")
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, int], Run] = {}
@@ -73,8 +75,9 @@ class ModelHelper:
         if self._settings.threads:  # 0: torch's own choice, all cores
             torch.set_num_threads(self._settings.threads)
         substitutes.install()
-        self._load()
+        self._software = describe()
         self._link.gauges = self._gauges
+        self._load()
         while True:
             message, descriptors = self._link.next()
             for fd in descriptors:
@@ -197,10 +200,10 @@ class ModelHelper:
 
     def _gauges(self) -> dict[str, Any]:
         if self._engine is None:
-            return {}
+            return dict(self._software)
         with self._lock:
             audio_s = self._done_s + sum(run.audio_s for run in self._runs.values())
-        gauges: dict[str, Any] = {
+        gauges: dict[str, Any] = self._software | {
             "windows": self._engine.counters.windows,
             "tokens": self._engine.counters.tokens,
             "audio_s": audio_s,

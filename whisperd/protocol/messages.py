@@ -64,7 +64,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    pass
+    inspect: bool  # wait for what helpers know of their libraries, and start one where none is there yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +291,7 @@ def _job(fields: Fields) -> int:
 _PARSERS: Mapping[str, Callable[[Fields], Params]] = {
     "hello": lambda fields: Hello(),
     "health": lambda fields: Health(),
-    "stats": lambda fields: Stats(),
+    "stats": lambda fields: Stats(inspect=fields.boolean("inspect", False)),
     "submit": _parse_submit,
     "chunk": _parse_chunk,
     "result": _parse_result,

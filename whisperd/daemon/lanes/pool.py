@@ -82,6 +82,7 @@ class Pool:
         self.problem: str | None = None
         self.failures = 0
         self.gauges: dict[str, Any] = {}  # as the last helper that spoke gave them
+        self._curious: list[Callable[[], None]] = []
 
     @property
     def size(self) -> int:
@@ -106,6 +107,17 @@ class Pool:
         """Start one helper ahead of the first task."""
         if not self._workers and not self._stopping:
             self._spawn()
+
+    def when_known(self, then: Callable[[], None]) -> None:
+        """Call `then` once a helper has told its `gauges`, starting one if there is none.
+
+        At once where that is known, or once a helper has ended instead. One that never tells: the caller has a limit.
+        """
+        if self.gauges or not self.size:
+            then()
+            return
+        self._curious.append(then)
+        self.warm_up()
 
     def run(self, task: Task) -> None:
         """Give a task to a free helper, or to a new one. The caller has seen a free place."""
@@ -179,6 +191,8 @@ class Pool:
         worker = self._worker(helper)
         if isinstance(message, Heartbeat):
             self.gauges = message.gauges
+            if self.gauges:
+                self._satisfy_curious()
             return
         if worker is None or worker.task is None:
             return
@@ -203,6 +217,7 @@ class Pool:
         self._clear_timer(worker)
         if self._stopping:
             return
+        self._satisfy_curious()
         self.failures += 1
         if not reason.ready:
             self._failed_start(reason.reason)
@@ -213,6 +228,11 @@ class Pool:
             log.warning("helper lost role=%s run=%d reason=%s", self._role, task.run, reason.reason)
             task.lost(Loss(reason=reason.reason, began=reason.ready, hung=worker.hung))
         self._freed()
+
+    def _satisfy_curious(self) -> None:
+        curious, self._curious = self._curious, []
+        for then in curious:
+            then()
 
     def _failed_start(self, reason: str) -> None:
         """Helpers that die before their first word would be started for ever: rest, then try one."""
