@@ -30,7 +30,7 @@ def _row(setting: Field[Any]) -> str:
     if "low" in about:
         text += f" At least {about['low']}" + (f", at most {about['high']}." if "high" in about else ".")
     kind = {"str": "text", "Path": "path", "int": "whole number", "float": "number", "bool": "true or false"}
-    shown = kind.get(str(setting.type), "list")
+    shown = kind.get(str(setting.type).removesuffix(" | None"), "list")
     return f"| `{setting.name}` | {shown} | {_default(setting)} | {flag} | {text} |".replace("|  |", "| |")
 
 
@@ -38,6 +38,8 @@ def _default(setting: Field[Any]) -> str:
     value = setting.default
     if value is MISSING:
         return "see above"
+    if value is None:
+        return str(setting.metadata["default"])
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):

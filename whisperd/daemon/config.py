@@ -34,9 +34,12 @@ class ConfigError(Exception):
     """A setting is wrong; the message names it and where it stands. The daemon ends with exit code 2."""
 
 
-def _setting(default: Any, help: str, *, flag: bool = False, **check: Any) -> Any:
-    """A field with its help text. Checks: `low` and `high` for numbers, `choices` or `pattern` for strings."""
-    return field(default=default, metadata={"help": help, "flag": flag, **check})
+def _setting(value: Any, help: str, *, flag: bool = False, **check: Any) -> Any:
+    """A field with its help text. Checks: `low` and `high` for numbers, `choices` or `pattern` for strings.
+
+    `default` among them tells in words what None stands for.
+    """
+    return field(default=value, metadata={"help": help, "flag": flag, **check})
 
 
 def _place(help: str) -> dict[str, Any]:
@@ -89,11 +92,12 @@ class Config:
         choices=("auto", "float32", "float16"),
     )
     open_runs: int = _setting(4, "How many recordings the model works on at the same time.", low=1, high=256)
-    keep_alive_s: float = _setting(
-        600.0,
-        "On CUDA: seconds without work after which the model is unloaded and the GPU is free; 0 keeps it. "
-        "Taken and checked, not acted upon yet: `whisperctl model unload` frees the GPU.",
+    keep_alive_s: float | None = _setting(
+        None,
+        "Seconds without work after which the model is unloaded and its memory is free; the next job loads it again. "
+        "0 keeps it loaded.",
         low=0,
+        default="600 on CUDA, never on a CPU",
     )
     model_load_timeout_s: float = _setting(900.0, "Seconds that loading the model may take.", low=1)
     stall_timeout_s: float = _setting(
@@ -282,9 +286,9 @@ def _from_text(setting: Field[Any], text: str) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
                 text.lower(), text
             )
-        case "int" | "float":
+        case "int" | "float" | "float | None":
             try:
-                return float(text) if setting.type == "float" else int(text)
+                return int(text) if setting.type == "int" else float(text)
             except ValueError:
                 return text
         case "tuple[str, ...]":

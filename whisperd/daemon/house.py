@@ -279,7 +279,7 @@ class House:
             return "paused"
         if self.problems():
             return "degraded"
-        return "ready" if self.modelling.state == "ready" else "starting"
+        return "ready" if self.modelling.state == "ready" or self.modelling.asleep else "starting"
 
     def health(self) -> dict[str, Any]:
         """Return the reply to `health`: memory only, so that it answers whatever else goes on."""

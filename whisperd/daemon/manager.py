@@ -81,7 +81,9 @@ def status_text(house: House) -> str:
     model = house.modelling.show()
     match house.status():
         case "ready":
-            text = f"ready: {model['name']} on {model['device']}"
+            text = f"ready: {model['name']} " + (
+                f"on {model['device']}" if model["device"] else "unloaded until work comes"
+            )
         case "starting":
             text = f"loading the model {model['name']}"
         case other:

@@ -16,6 +16,7 @@ from typing import Any
 from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
 from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.recording import Recorder
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
@@ -68,6 +69,8 @@ class ModelLane:
         self._last_beat_at = 0.0
         self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
         self.held = False  # unloaded by an administrator: stays so until he loads it
+        self.asleep = False  # unloaded for want of work: the next job loads it
+        self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
         self._freed = False  # the pause has unloaded the model, so `resume` loads it
         self.identity: list[Any] = []  # what tells this model's results from another's
@@ -119,7 +122,7 @@ class ModelLane:
 
     def load(self) -> None:
         """Start the helper, unless it is there."""
-        self.held = False
+        self.held = self.asleep = False
         if self._restart is not None:
             self._restart.cancel()
             self._restart = None
@@ -133,7 +136,7 @@ class ModelLane:
 
     def unload(self) -> None:
         """End the helper, which gives all its memory back; running work returns to the queue."""
-        self.held = True
+        self.held, self.asleep = True, False
         self._set_status(self._no_status("unloaded"))
         if self._restart is not None:
             self._restart.cancel()
@@ -158,7 +161,7 @@ class ModelLane:
 
     def stop(self) -> None:
         """The daemon stops: return running work to the queue and end the helper."""
-        self.held = True
+        self.held, self.asleep = True, False
         if self._helper is not None:
             self._end("the daemon stops")
 
@@ -232,7 +235,14 @@ class ModelLane:
         self.pump()
 
     def pump(self) -> None:
-        """Start what may start."""
+        """Start what may start; load the model for it, or unload one that has had nothing to do for long."""
+        if self.asleep and self._helper is None and not self.paused and self._work_waits():
+            self.load()
+        self._give_out()
+        idle = self._is_idle()
+        self._idleness.look(keep_alive_s(self._config.keep_alive_s, self._status.device) if idle else None)
+
+    def _give_out(self) -> None:
         while self._status.state == "ready" and not self.paused and not self._ending:
             waiting = self._ledger.board.waiting(self.candidates())
             busy = dict.fromkeys(Priority, 0)
@@ -242,6 +252,19 @@ class ModelLane:
             if chosen is None:
                 return
             self._start(chosen.id, chosen.priority)
+
+    def _is_idle(self) -> bool:
+        return self._status.state == "ready" and not self._open and (self.paused or not self._work_waits())
+
+    def _work_waits(self) -> bool:
+        """True when audio is on hand: what is still decoded will need the model in a moment."""
+        return any(run.row.state is JobState.QUEUED for run in self._ledger.board.runs.values())
+
+    def _fall_asleep(self) -> None:
+        if self._is_idle():
+            self.asleep = True
+            self._set_status(self._no_status("unloaded"))
+            self._end("nothing to do")
 
     def candidates(self) -> list[LiveRun]:
         """Return the runs that wait for the model with their audio decoded."""
@@ -422,6 +445,8 @@ class ModelLane:
         self._ending = ""
         if self.held:
             self._set_status(self._no_status("unloaded"))
+        elif self.asleep:
+            self.pump()  # work may have come while it ended
         elif ours:
             self._spawn()
         else:

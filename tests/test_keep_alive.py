@@ -1,0 +1,73 @@
+"""A model that has nothing to do is unloaded after a while, and the next job loads it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import Daemon, RawClient, submit, wait_until
+from whisperd.daemon.lanes.idleness import keep_alive_s
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "wanted"),
+    [(None, "cuda:0", 600), (None, "cpu", None), (30, "cuda:1", 30), (30, "cpu", 30), (0, "cuda:0", None)],
+)
+def test_the_default_is_for_gpus_and_a_setting_for_both(
+    setting: float | None, device: str, wanted: float | None
+) -> None:
+    assert keep_alive_s(setting, device) == wanted
+
+
+def unloaded(daemon: Daemon, client: RawClient) -> None:
+    """Wait until the model is unloaded, and its process gone."""
+    wait_until(lambda: client.call("health")["model"]["state"] == "unloaded", 20, "it is unloaded")
+    wait_until(lambda: not daemon.helpers("whisperd.model.main"), 10, "its process has ended")
+
+
+def test_an_idle_model_is_unloaded_and_the_next_job_loads_it(
+    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=str(micro), keep_alive_s=0.3)
+    with daemon.client() as client:
+        # Longer than it may be idle: work is not.
+        job = submit(client, recording(600))
+        answer = client.result(job["id"])["job"]
+        assert (answer["state"], answer["attempts"]) == ("done", 1)
+        unloaded(daemon, client)
+        health = client.call("health")
+        assert (health["status"], health["problems"]) == ("ready", [])
+        assert daemon.whisperctl("health").returncode == 0
+        assert client.result(submit(client, recording())["id"])["job"]["state"] == "done"
+        model = client.call("stats")["model"]
+        assert (model["starts"], model["crashes"]) == (2, 0)
+        unloaded(daemon, client)
+
+
+def test_a_paused_queue_wakes_no_model_and_what_an_admin_unloads_stays_unloaded(
+    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=str(micro), keep_alive_s=0.1)
+
+    def waits(job: dict[str, Any], starts: int) -> None:
+        wait_until(lambda: client.call("stats")["lanes"]["model"]["waiting"] == 1, 20, "it is decoded")
+        assert client.call("stats")["model"]["starts"] == starts
+        assert client.call("result", job=job["id"])["job"]["state"] == "queued"
+
+    with daemon.client() as client:
+        client.call("pause")
+        unloaded(daemon, client)
+        job = submit(client, recording())
+        waits(job, starts=1)
+        client.call("resume")
+        assert client.result(job["id"])["job"]["state"] == "done"
+        unloaded(daemon, client)
+        client.call("model", action="unload")
+        assert client.call("health")["status"] == "paused"
+        job = submit(client, recording())
+        waits(job, starts=2)
+        client.call("model", action="load")
+        assert client.result(job["id"])["job"]["state"] == "done"
