@@ -76,7 +76,10 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "queue": _waiting(house) | {"capacity": config.capacity},
         "wait_s": metrics.waits(),
         "run_s": metrics.runs(),
-        "audio": {"transcribed_s": metrics.transcribed_s, "speed": _ratio(house.modelling.gauges, "audio_s", "busy_s")},
+        "audio": {
+            "transcribed_s": metrics.transcribed_s,
+            "speed": _ratio(house.modelling.process.gauges, "audio_s", "busy_s"),
+        },
         "model": _model(house),
         "software": _software(house),
         "lanes": {
@@ -113,14 +116,14 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(house: House) -> dict[str, Any]:
-    lane, helper = house.modelling, house.modelling.helper
-    gauges = lane.gauges
+    lane, process = house.modelling, house.modelling.process
+    helper, gauges = process.helper, process.gauges
     return {
         "state": lane.state,
         "pid": None if helper is None else helper.pid,
         "rss_bytes": None if helper is None else helper.rss_bytes(),
-        "starts": lane.starts,
-        "crashes": lane.crashes,
+        "starts": process.starts,
+        "crashes": process.crashes,
         "windows": gauges.get("windows", 0),
         "tokens": gauges.get("tokens", 0),
         "audio_s": gauges.get("audio_s", 0.0),
@@ -139,7 +142,7 @@ def _software(house: House) -> dict[str, Any]:
     decoder = house.decoding.pool.gauges
     return {
         "python": platform.python_version(),
-        **{name: house.modelling.gauges.get(name) for name in _MODEL_SOFTWARE},
+        **{name: house.modelling.process.gauges.get(name) for name in _MODEL_SOFTWARE},
         "av": decoder.get("av"),
         "ffmpeg": decoder.get("ffmpeg"),
     }

@@ -1,22 +1,17 @@
-"""The model lane: decoded runs become transcripts, several open at once, by one model helper.
-
-Says `model` in `health`. Restarts a helper that died, with growing pauses; gives up on a model that does not load until
-an administrator asks again.
-"""
+"""The model lane: decoded runs become transcripts, several open at once, by one model helper."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
-from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
+from whisperd.daemon.lanes.model_process import ModelProcess
 from whisperd.daemon.lanes.recording import Recorder
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
@@ -27,9 +22,7 @@ from whisperd.protocol.helper_messages import (
     Cancel,
     Failed,
     Finished,
-    Heartbeat,
     HelperMessage,
-    ModelStatus,
     Prioritise,
     Progress,
     Segments,
@@ -38,8 +31,6 @@ from whisperd.protocol.helper_messages import (
 from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.model")
-
-_MAX_FAILED_LOADS = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -55,94 +46,82 @@ class _Open:
 
 
 class ModelLane:
-    """One model helper and its open runs."""
+    """The open runs of one model helper. `process` is that helper, from load to unload."""
 
     def __init__(self, loop: Loop, config: Config, ledger: Ledger, env: Mapping[str, str]) -> None:
-        self._loop, self._config, self._ledger, self._env = loop, config, ledger, env
-        self._helper: Helper | None = None
+        self._loop, self._config, self._ledger = loop, config, ledger
+        self.process = ModelProcess(
+            loop,
+            config,
+            spool=ledger.spool.path,
+            env=env,
+            on_status=self._status_changed,
+            on_message=self._on_message,
+            on_gone=self._on_gone,
+            is_busy=lambda: bool(self._open),
+        )
         self._open: dict[int, _Open] = {}
-        self._status = self._no_status("unloaded")
-        self._loading_overdue: Timer | None = None
-        self._restart: Timer | None = None
-        self._failed_loads = 0
-        self._last_beat = -1
-        self._last_beat_at = 0.0
-        self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
-        self.held = False  # unloaded by an administrator: stays so until he loads it
-        self.asleep = False  # unloaded for want of work: the next job loads it
         self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
         self._freed = False  # the pause has unloaded the model, so `resume` loads it
-        self.identity: list[Any] = []  # what tells this model's results from another's
-        self.starts = 0
-        self.crashes = 0
         self.failed = 0
-        self.gauges: dict[str, Any] = {}
         self.status_changed: Callable[[], None] = lambda: None
 
     # -- what others read ----------------------------------------------------------------------------------------
 
     def show(self) -> dict[str, Any]:
         """Return `model` as `health` shows it."""
-        status = self._status
-        return {
-            "name": status.name,
-            "state": status.state,
-            "device": status.device,
-            "dtype": status.dtype,
-            "error": status.error,
-        }
+        return self.process.show()
 
     @property
     def state(self) -> str:
         """`unloaded`, `loading`, `ready` or `failed`."""
-        return self._status.state
+        return self.process.status.state
 
     @property
     def error(self) -> str | None:
         """Why the model did not load."""
-        return self._status.error
+        return self.process.status.error
 
     @property
     def traits(self) -> Mapping[str, Any]:
         """What the loaded model can do; empty until it is ready."""
-        return self._status.traits
+        return self.process.status.traits
 
     @property
     def helper(self) -> Helper | None:
         """The helper process, while there is one."""
-        return self._helper
+        return self.process.helper
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells this model's results from another's."""
+        return self.process.identity
+
+    @property
+    def held(self) -> bool:
+        """True while an administrator has the model unloaded."""
+        return self.process.held
+
+    @property
+    def asleep(self) -> bool:
+        """True while the model is unloaded for want of work: the next job loads it."""
+        return self.process.asleep
 
     @property
     def active(self) -> int:
         """How many runs are open."""
         return len(self._open)
 
-    # -- loading and unloading -------------------------------------------------------------------------------------
+    # -- what administrators ask -----------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Start the helper, unless it is there."""
-        self.held = self.asleep = False
-        if self._restart is not None:
-            self._restart.cancel()
-            self._restart = None
-        self._failed_loads = 0
-        if self._helper is None:
-            self._spawn()
-        elif self._ending or self._status.state == "failed":
-            # `_on_exit` starts the next one.
-            self._set_status(self._no_status("loading"))
-            self._end("loading again")
+        """Load the model, unless it is there."""
+        self.process.load()
 
     def unload(self) -> None:
-        """End the helper, which gives all its memory back; running work returns to the queue."""
-        self.held, self.asleep = True, False
-        self._set_status(self._no_status("unloaded"))
-        if self._restart is not None:
-            self._restart.cancel()
-            self._restart = None
-        if self._helper is not None:
-            self._end("unloaded")
+        """Give all the helper's memory back; running work returns to the queue."""
+        self.process.unload()
 
     def pause(self, *, free_gpu: bool) -> None:
         """Begin no run any more; with `free_gpu` also give the device's memory back, as `unload` does."""
@@ -161,67 +140,11 @@ class ModelLane:
 
     def stop(self) -> None:
         """The daemon stops: return running work to the queue and end the helper."""
-        self.held, self.asleep = True, False
-        if self._helper is not None:
-            self._end("the daemon stops")
+        self.process.stop()
 
-    def _end(self, reason: str) -> None:
-        self._ending = reason
-        assert self._helper is not None
-        self._helper.kill(reason)
-
-    def _spawn(self) -> None:
-        self.starts += 1
-        self._ending = ""
-        self._last_beat, self._last_beat_at = -1, self._loop.time()
-        config = self._config
-        self.identity = model_identity(config)
-        self._set_status(self._no_status("loading"))
-        try:
-            self._helper = helper = self._start_helper()
-        except OSError as error:  # no descriptor is left
-            self._start_again_later(f"could not be started: {error}", was_ready=False)
-            return
-        self._loading_overdue = self._loop.call_later(
-            config.model_load_timeout_s, lambda: helper.kill(f"did not load in {config.model_load_timeout_s:g} s")
-        )
-
-    def _start_helper(self) -> Helper:
-        config = self._config
-        return Helper(
-            self._loop,
-            role="model",
-            module="whisperd.model.main",
-            settings={
-                "spool": str(self._ledger.spool.path),
-                "cache_dir": str(config.cache_dir),
-                "model": config.model,
-                "device": config.device,
-                "threads": config.threads,
-                "dtype": config.dtype,
-                "open_runs": config.open_runs,
-            },
-            nice=config.helper_nice,
-            log_level=config.log_level,
-            env=self._env,
-            on_message=self._on_message,
-            on_exit=self._on_exit,
-            heartbeat_timeout_s=config.heartbeat_timeout_s,
-        )
-
-    def _no_status(self, state: str, error: str | None = None) -> ModelStatus:
-        return ModelStatus(
-            state=state, name=self._config.model, device="", dtype="", error=error, capacity=0, traits={}
-        )
-
-    def _set_status(self, status: ModelStatus) -> None:
-        if status.state != self._status.state:
-            log.info("model=%s state=%s device=%s error=%s", status.name, status.state, status.device, status.error)
-        self._status = status
-        if status.state != "loading" and self._loading_overdue is not None:
-            self._loading_overdue.cancel()
-            self._loading_overdue = None
+    def _status_changed(self) -> None:
         self.status_changed()
+        self.pump()
 
     # -- giving out work -------------------------------------------------------------------------------------------
 
@@ -236,25 +159,25 @@ class ModelLane:
 
     def pump(self) -> None:
         """Start what may start; load the model for it, or unload one that has had nothing to do for long."""
-        if self.asleep and self._helper is None and not self.paused and self._work_waits():
+        if self.process.asleep and self.helper is None and not self.paused and self._work_waits():
             self.load()
         self._give_out()
         idle = self._is_idle()
-        self._idleness.look(keep_alive_s(self._config.keep_alive_s, self._status.device) if idle else None)
+        self._idleness.look(keep_alive_s(self._config.keep_alive_s, self.process.status.device) if idle else None)
 
     def _give_out(self) -> None:
-        while self._status.state == "ready" and not self.paused and not self._ending:
+        while (helper := self.process.ready) is not None and not self.paused:
             waiting = self._ledger.board.waiting(self.candidates())
             busy = dict.fromkeys(Priority, 0)
             for open_ in self._open.values():
                 busy[open_.priority] += 1
-            chosen = pick(waiting, self._ledger.board.turns, capacity=self._status.capacity, busy=busy)
+            chosen = pick(waiting, self._ledger.board.turns, capacity=self.process.status.capacity, busy=busy)
             if chosen is None:
                 return
-            self._start(chosen.id, chosen.priority)
+            self._start(helper, chosen.id, chosen.priority)
 
     def _is_idle(self) -> bool:
-        return self._status.state == "ready" and not self._open and (self.paused or not self._work_waits())
+        return self.state == "ready" and not self._open and (self.paused or not self._work_waits())
 
     def _work_waits(self) -> bool:
         """True when audio is on hand: what is still decoded will need the model in a moment."""
@@ -262,9 +185,7 @@ class ModelLane:
 
     def _fall_asleep(self) -> None:
         if self._is_idle():
-            self.asleep = True
-            self._set_status(self._no_status("unloaded"))
-            self._end("nothing to do")
+            self.process.fall_asleep()
 
     def candidates(self) -> list[LiveRun]:
         """Return the runs that wait for the model with their audio decoded."""
@@ -274,15 +195,14 @@ class ModelLane:
             if run.row.state is JobState.QUEUED and run.row.decoded and run.row.id not in self._open
         ]
 
-    def _start(self, run_id: int, priority: Priority) -> None:
+    def _start(self, helper: Helper, run_id: int, priority: Priority) -> None:
         recorder = Recorder(self._loop, self._ledger, run_id, lambda: self._recorded(run_id))
         self._open[run_id] = open_ = _Open(priority, recorder)
         self._ledger.board.served(run_id)
-        helper = self._helper
 
         def then(change: Change) -> None:
             # A helper that has come meanwhile has not loaded the model, and may not be able to.
-            if not change.runs or helper is None or self._helper is not helper or self._ending:
+            if not change.runs or self.process.ready is not helper:
                 self._give_back(run_id, died=False)
                 return
             row = change.runs[-1]
@@ -329,23 +249,24 @@ class ModelLane:
 
     def _tell_priority(self, run_id: int) -> None:
         open_ = self._open.get(run_id)
-        if open_ is None or not open_.sent or self._helper is None or not self._ledger.board.jobs_of(run_id):
+        helper = self.process.helper
+        if open_ is None or not open_.sent or helper is None or not self._ledger.board.jobs_of(run_id):
             return
         priority = self._ledger.board.priority(run_id)
         if priority is not open_.priority:
             open_.priority = priority
             interactive = priority is Priority.INTERACTIVE
-            self._helper.send(Prioritise(run=run_id, generation=open_.generation, interactive=interactive))
+            helper.send(Prioritise(run=run_id, generation=open_.generation, interactive=interactive))
 
     def _cancel(self, run_id: int, open_: _Open) -> None:
-        if not open_.sent or open_.overdue is not None or self._helper is None:
+        helper = self.process.helper
+        if not open_.sent or open_.overdue is not None or helper is None:
             return
-        helper = self._helper
         helper.send(Cancel(run=run_id, generation=open_.generation))
 
         def replace() -> None:
-            if self._open.get(run_id) is open_ and self._helper is helper:
-                self._end("did not give up a cancelled run")
+            if self._open.get(run_id) is open_ and self.process.helper is helper:
+                self.process.end("did not give up a cancelled run")
 
         open_.overdue = self._loop.call_later(self._config.cancel_grace_s, replace)
 
@@ -356,30 +277,11 @@ class ModelLane:
 
     # -- what the helper says --------------------------------------------------------------------------------------
 
-    def _on_message(self, helper: Helper, message: HelperMessage) -> None:
-        if helper is not self._helper or self._ending:
-            return
-        match message:
-            case ModelStatus():
-                if message.state == "ready":
-                    self._failed_loads = 0
-                self._set_status(message)
-                self.pump()
-            case Heartbeat():
-                self._check_beat(message)
-            case Progress() | Segments() | Finished() | Failed():
-                open_ = self._open.get(message.run)
-                if open_ is not None and open_.generation == message.generation and not open_.closing:
-                    self._on_run_message(open_, message)
-
-    def _check_beat(self, heartbeat: Heartbeat) -> None:
-        """A helper whose work stands still is dead, however well its heart beats."""
-        self.gauges = heartbeat.gauges
-        now = self._loop.time()
-        if heartbeat.beat != self._last_beat or not self._open:
-            self._last_beat, self._last_beat_at = heartbeat.beat, now
-        elif now - self._last_beat_at > self._config.stall_timeout_s and self._helper is not None:
-            self._helper.kill(f"no progress for {self._config.stall_timeout_s:g} s")
+    def _on_message(self, message: HelperMessage) -> None:
+        if isinstance(message, Progress | Segments | Finished | Failed):
+            open_ = self._open.get(message.run)
+            if open_ is not None and open_.generation == message.generation and not open_.closing:
+                self._on_run_message(open_, message)
 
     def _on_run_message(self, open_: _Open, message: Progress | Segments | Finished | Failed) -> None:
         run_id = message.run
@@ -423,16 +325,9 @@ class ModelLane:
                 payload = {"progress": live.progress, "phase": live.phase, "position": None, "eta_s": live.eta_s}
                 self._ledger.watchers.publish_progress(job.id, payload)
 
-    def _on_exit(self, helper: Helper, reason: ExitReason) -> None:
-        if helper is not self._helper:
-            return
-        self._helper = None
-        ours = bool(self._ending)
-        was_ready = self._status.state == "ready"
-        if not ours:
-            self.crashes += 1
-            log.error("model helper died reason=%s open=%s", reason.reason, sorted(self._open))
-        self.gauges = {}
+    def _on_gone(self, died: bool) -> None:
+        """Return what the helper had to the queue."""
+        log.info("model helper gone open=%s", sorted(self._open))
         for run_id, open_ in list(self._open.items()):
             if open_.closing or not open_.sent:
                 continue  # its end, or its start, is on the way to the disk and will settle it
@@ -441,47 +336,4 @@ class ModelLane:
             else:
                 open_.closing = True
                 open_.recorder.drop()
-                self._give_back(run_id, died=not ours)
-        self._ending = ""
-        if self.held:
-            self._set_status(self._no_status("unloaded"))
-        elif self.asleep:
-            self.pump()  # work may have come while it ended
-        elif ours:
-            self._spawn()
-        else:
-            self._start_again_later(reason.reason, was_ready=was_ready)
-
-    def _start_again_later(self, reason: str, *, was_ready: bool) -> None:
-        self._failed_loads = 0 if was_ready else self._failed_loads + 1
-        if self._failed_loads >= _MAX_FAILED_LOADS:
-            self._set_status(
-                self._no_status(
-                    "failed",
-                    f"the model process ended {self._failed_loads} times while loading ({reason}): see the "
-                    "daemon's log, free memory or choose a smaller model, then `whisperctl model load`",
-                )
-            )
-            return
-        self._set_status(self._no_status("loading"))
-        config = self._config
-        delay_s = min(config.helper_backoff_max_s, config.helper_backoff_s * 2**self._failed_loads)
-        self._restart = self._loop.call_later(delay_s, self._spawn_again)
-
-    def _spawn_again(self) -> None:
-        self._restart = None
-        if self._helper is None and not self.held:
-            self._spawn()
-
-
-def model_identity(config: Config) -> list[Any]:
-    """Return what tells one model's results from another's: its name and type, and a file's size and age.
-
-    As of the helper's start: a file that is replaced under a loaded model does not change what that answers.
-    """
-    identity: list[Any] = [config.model, config.dtype]
-    for path in (Path(config.model, "model.bin"), Path(config.model)):
-        with contextlib.suppress(OSError):  # not a folder; or a name, not a path
-            status = path.stat()
-            return [*identity, status.st_size, status.st_mtime_ns]
-    return identity
+                self._give_back(run_id, died=died)
