@@ -16,7 +16,7 @@ from whisperd.protocol import messages
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import encode_frame, parse_body
 from whisperd.protocol.jobs import Job, JobState, Priority
-from whisperd.protocol.options import DEFAULTS
+from whisperd.protocol.options import DEFAULTS, OWN_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,10 +66,10 @@ def test_every_key_of_a_job_is_explained() -> None:
 def test_every_option_and_its_default_are_explained() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section(PROTOCOL, "### Options"), re.MULTILINE)
     words = {"null": None, "true": True, "false": False}
-    assert {name for name, _ in rows} == set(DEFAULTS)
+    assert {name for name, _ in rows} == set(DEFAULTS | OWN_DEFAULTS)
     for name, default in rows:
-        shown = default.strip("`")
-        assert shown in (str(DEFAULTS[name]), f'"{DEFAULTS[name]}"') or words.get(shown, "") is DEFAULTS[name], name
+        shown, value = default.strip("`"), (DEFAULTS | OWN_DEFAULTS)[name]
+        assert shown in (str(value), f'"{value}"') or words.get(shown, "") is value, name
 
 
 def test_every_key_of_stats_is_explained(start_daemon: Callable[..., Daemon]) -> None:

@@ -23,7 +23,7 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
     "whisperd.audio": ({"whisperd.protocol"}, {"av", "numpy"}),
     "whisperd.model": (
         {"whisperd.protocol"},
-        {"torch", "whisper", "numpy", "numba", "safetensors", "msgpack", "tiktoken", "tqdm"},
+        {"torch", "whisper", "numpy", "numba", "safetensors", "silero_vad", "msgpack", "tiktoken", "tqdm"},
     ),
     "whisperctl": ({"whisperd.protocol"}, {"click", "msgpack", "pysubs2"}),
 }
@@ -31,6 +31,7 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
 OWNERS = {
     "av": "whisperd.audio",
     "safetensors": "whisperd.model",
+    "silero_vad": "whisperd.model",
     "torch": "whisperd.model",
     "whisper": "whisperd.model",
     "sqlite3": "whisperd.daemon",

@@ -14,7 +14,7 @@ from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REQUEST_BYTES, encode_frame
 from whisperd.protocol.jobs import JobState, Priority
 from whisperd.protocol.messages import parse_request, parse_source, request_id, source_to_wire
-from whisperd.protocol.options import DEFAULTS
+from whisperd.protocol.options import DEFAULTS, OWN_DEFAULTS
 
 FILE = {"kind": "fd", "name": "talk.m4a"}
 
@@ -83,7 +83,7 @@ def test_params_may_be_left_out() -> None:
 def test_a_submit_and_its_defaults() -> None:
     assert parse("submit", source=FILE) == messages.Submit(
         source=messages.FileSource(name="talk.m4a"),
-        options=DEFAULTS,
+        options=DEFAULTS | OWN_DEFAULTS,
         priority=Priority.BACKGROUND,
         key=None,
         attached=False,
@@ -100,7 +100,7 @@ def test_a_submit_and_its_defaults() -> None:
     )
     assert full == messages.Submit(
         source=messages.FileSource(name="talk.m4a"),
-        options=dict(DEFAULTS) | {"language": "de"},
+        options=DEFAULTS | OWN_DEFAULTS | {"language": "de"},
         priority=Priority.INTERACTIVE,
         key="k" * 128,
         attached=True,

@@ -114,6 +114,7 @@ def settings(place: Path, model: str = "") -> dict[str, Any]:
         "threads": 1,
         "dtype": "auto",
         "open_runs": 3,
+        "fast_windows": 3,
     }
 
 
@@ -147,7 +148,17 @@ def test_a_run_from_order_to_transcript(helper: Helper) -> None:
     helper.transcribe(1, "short")
     heard = helper.end_of(1)
     transcript = transcript_of(heard[-1])
-    assert transcript.keys() == {"text", "language", "duration_s", "segments", "model", "versions", "truncated"}
+    assert transcript.keys() == {
+        "text",
+        "language",
+        "duration_s",
+        "segments",
+        "model",
+        "versions",
+        "truncated",
+        "mode",
+        "coverage",
+    }
     assert (transcript["language"], transcript["duration_s"], transcript["truncated"]) == ("en", 8.0, True)
     assert (transcript["model"], transcript["versions"]["whisperd"]) == ("micro", __version__)
     assert transcript["segments"]

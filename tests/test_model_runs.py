@@ -15,9 +15,11 @@ import whisper
 from tests import models
 from tests.support import requires_program, speak, word_error_rate
 from whisperd.model import substitutes
+from whisperd.model.coverage import Coverage, length_s
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel, load
-from whisperd.model.run import Run, check_options
+from whisperd.model.run import Run, check_options, clips_of
+from whisperd.model.speech import SpeechDetector, Stretch
 from whisperd.model.transcript import WORST_LOGPROB, Transcript, segment_of
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import WhisperdError
@@ -45,6 +47,7 @@ class Bench:
         self.engine = Engine(model, on_step=lambda: self.on_step())
         self.spool = spool
         self._mel_worker = Worker("mel")
+        self._speech = SpeechDetector()
         self._upstream: dict[str, dict[str, Any]] = {}
 
     def run(self, folder: str = "speech", **options: Any) -> tuple[Run, list[HelperMessage]]:
@@ -57,6 +60,8 @@ class Bench:
             order,
             spool=self.spool,
             engine=self.engine,
+            speech=self._speech,
+            fast_windows=3,
             mel_worker=self._mel_worker,
             send=sent.append,
             on_step=lambda: None,
@@ -73,7 +78,8 @@ class Bench:
 
     def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
         pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
-        arguments = parsed | {"temperature": tuple(parsed["temperature"]), "fp16": False}
+        arguments = {name: parsed[name] for name in DEFAULTS}
+        arguments |= {"temperature": tuple(parsed["temperature"]), "fp16": False}
         result: dict[str, Any] = whisper.transcribe(self.model.whisper, pcm, **arguments)
         return result
 
@@ -299,3 +305,85 @@ def test_the_defaults_are_those_of_the_function() -> None:
     for name, value in DEFAULTS.items():
         if name in keywords:
             assert keywords[name] == (tuple(value) if isinstance(value, list) else value), name
+
+
+# --- mode fast, and what a transcript tells of itself ---
+
+
+@pytest.fixture(scope="module")
+def with_silence(spool: Path) -> Path:
+    """Add `between`: 40 s of silence and noise, speech, 35 s of noise, speech; and `noise`: nobody speaks at all."""
+    speech = np.fromfile(spool / "speech" / "audio.pcm", "<i2")
+    noise = (np.random.default_rng(5).standard_normal(35 * 16_000) * 60).astype("<i2")
+    parts = (np.zeros(5 * 16_000, "<i2"), noise, speech[: 20 * 16_000], noise, speech[20 * 16_000 :])
+    for folder, pcm in (("between", np.concatenate(parts)), ("noise", noise)):
+        (spool / folder).mkdir()
+        (spool / folder / "audio.pcm").write_bytes(pcm.tobytes())
+    return spool
+
+
+def test_fast_says_the_words_in_order_and_only_where_somebody_speaks(tiny: Bench, with_silence: Path) -> None:
+    run, sent = tiny.run("between", mode="fast")
+    transcript = run.transcribe()
+    assert word_error_rate(TEXT, transcript.text) < 0.15
+    starts = [segment.start for segment in transcript.segments]
+    assert starts == sorted(starts)
+    assert [segment.id for segment in transcript.segments] == list(range(len(starts)))
+    assert all(segment.speech for segment in transcript.segments)
+    assert starts[0] > 39
+    live = [segment for message in sent if isinstance(message, Segments) for segment in message.segments]
+    assert live == transcript.to_wire()["segments"]
+    progress = [message.done for message in sent if isinstance(message, Progress)]
+    assert progress == sorted(progress)
+    assert transcript.to_wire()["mode"] == "fast"
+    assert transcript.coverage.transcribed_s > 0.9 * transcript.coverage.speech_s > 20
+
+
+def test_fast_gives_the_same_however_many_windows_are_decoded_together(tiny: Bench, with_silence: Path) -> None:
+    texts = []
+    for at_once in (1, 5):
+        run, _ = tiny.run("between", mode="fast", temperature=0, initial_prompt="An old man, a river.")
+        run._fast_windows = at_once
+        texts.append(run.transcribe().to_wire()["segments"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("folder", ["noise", "nothing"])
+def test_fast_gives_no_text_where_nobody_speaks(base: Bench, with_silence: Path, folder: str) -> None:
+    run, _ = base.run(folder, mode="fast")
+    transcript = run.transcribe()
+    assert (transcript.text, transcript.segments) == ("", [])
+    assert transcript.coverage == Coverage(speech_s=0, transcribed_s=0, gaps=[])
+
+
+def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:
+    run, _ = tiny.run("between", mode="fast", clip_timestamps="50,58")
+    segments = run.transcribe().segments
+    assert segments
+    assert all(49.5 <= segment.start <= segment.end <= 58.5 for segment in segments)
+
+
+def test_exact_tells_on_text_without_speech_and_leaves_it(tiny: Bench, with_silence: Path) -> None:
+    # Without its threshold upstream writes something for noise.
+    options = {"no_speech_threshold": None, "logprob_threshold": None, "temperature": 0}
+    run, _ = tiny.run("noise", **options)
+    transcript, upstream = run.transcribe(), tiny.upstream("noise", **options)
+    assert transcript.text == upstream["text"] != ""
+    assert [segment["speech"] for segment in transcript.to_wire()["segments"]] == [False] * len(upstream["segments"])
+    assert transcript.to_wire()["coverage"]["speech_s"] == 0
+
+
+def test_exact_says_what_it_left_out(tiny: Bench, with_silence: Path) -> None:
+    # Everything is taken for silence.
+    run, _ = tiny.run("speech", no_speech_threshold=-1.0, logprob_threshold=None, temperature=0)
+    transcript = run.transcribe()
+    assert transcript.segments == []
+    assert transcript.coverage.transcribed_s == 0
+    assert length_s(transcript.coverage.gaps) > 0.8 * transcript.coverage.speech_s > 20
+    run, _ = tiny.run("speech")
+    assert run.transcribe().coverage.gaps == []
+
+
+def test_clips_as_upstream_reads_them() -> None:
+    assert clips_of("0", 9) == [Stretch(start_s=0, end_s=9)]
+    assert clips_of([1, 2, 8], 9) == [Stretch(start_s=1, end_s=2), Stretch(start_s=8, end_s=9)]

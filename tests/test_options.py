@@ -13,7 +13,7 @@ from tests.test_frames import leaves
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import encode_body, parse_body
 from whisperd.protocol.languages import ALIASES, LANGUAGES, language_code
-from whisperd.protocol.options import DEFAULTS, parse_options
+from whisperd.protocol.options import DEFAULTS, OWN_DEFAULTS, parse_options
 
 
 def test_the_defaults_are_those_of_whisper_transcribe() -> None:
@@ -43,7 +43,7 @@ def test_the_languages_are_whispers() -> None:
 
 
 def test_nothing_given_is_the_defaults() -> None:
-    assert parse_options({}) == dict(DEFAULTS)
+    assert parse_options({}) == dict(DEFAULTS | OWN_DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_nothing_given_is_the_defaults() -> None:
         ({"temperature": 0}, {"temperature": [0.0]}),
         ({"temperature": [0, 0.5]}, {"temperature": [0.0, 0.5]}),
         ({"temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)}, {}),
+        ({"mode": "fast"}, {"mode": "fast"}),
         ({"clip_timestamps": "0"}, {}),
         ({"clip_timestamps": ""}, {}),
         ({"clip_timestamps": []}, {}),
@@ -76,13 +77,14 @@ def test_nothing_given_is_the_defaults() -> None:
 def test_one_form_for_equal_options(given: dict[str, Any], canonical: dict[str, Any]) -> None:
     """Results are shared between equal options, so equal ones must compare equal."""
     options = parse_options(given)
-    assert options == dict(DEFAULTS) | canonical
+    assert options == DEFAULTS | OWN_DEFAULTS | canonical
     assert parse_options(options) == options
     assert parse_options(parse_body(encode_body(options))) == options
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beams": 5}, "beams"),
+    ({"mode": "quick"}, "mode"),
     ({"verbose": True}, "verbose"),
     ({"fp16": True}, "fp16"),
     ({"language": "klingon"}, "language"),
@@ -134,12 +136,12 @@ def test_refused_by_name(options: dict[str, Any], named: str) -> None:
     assert named in caught.value.message
 
 
-@given(st.dictionaries(st.sampled_from(sorted(DEFAULTS)), leaves | st.lists(leaves, max_size=4)))
+@given(st.dictionaries(st.sampled_from(sorted(DEFAULTS | OWN_DEFAULTS)), leaves | st.lists(leaves, max_size=4)))
 def test_whatever_is_accepted_is_canonical(options: dict[str, Any]) -> None:
     try:
         parsed = parse_options(options)
     except WhisperdError as error:
         assert error.code == ErrorCode.BAD_REQUEST
     else:
-        assert parsed.keys() == DEFAULTS.keys()
+        assert parsed.keys() == (DEFAULTS | OWN_DEFAULTS).keys()
         assert parse_options(parsed) == parsed

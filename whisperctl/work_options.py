@@ -66,6 +66,7 @@ def request_options(command: Command) -> Command:
         initial_prompt: str | None,
         beam_size: int | None,
         temperature: str | None,
+        mode: str | None,
         more: tuple[str, ...],
         priority: str | None,
         fresh: bool,
@@ -78,6 +79,7 @@ def request_options(command: Command) -> Command:
             "initial_prompt": initial_prompt,
             "beam_size": beam_size,
             "temperature": None if temperature is None else _temperatures(temperature),
+            "mode": mode,
         }
         options = {name: value for name, value in named.items() if value is not None}
         options |= dict(map(_named_option, more))
@@ -91,6 +93,9 @@ def request_options(command: Command) -> Command:
                      "else background]"),
         click.option("--option", "more", metavar="NAME=VALUE", multiple=True,
                      help="Any other option of whisper.transcribe, its value as JSON: best_of=5. May be repeated."),
+        click.option("--mode", type=click.Choice(("exact", "fast")),
+                     help="Exactly openai-whisper's text, or windows cut at silences, decoded together.  "
+                     "[default: as the daemon is set]"),
         click.option("--temperature", metavar="T[,T...]",
                      help="Sampling temperature; several are tried one after the other.  [default: 0,0.2,...,1]"),
         click.option("--beam-size", type=click.IntRange(1), metavar="N", help="Search with N beams."),

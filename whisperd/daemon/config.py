@@ -92,6 +92,14 @@ class Config:
         choices=("auto", "float32", "float16"),
     )
     open_runs: int = _setting(4, "How many recordings the model works on at the same time.", low=1, high=256)
+    mode: str = _setting(
+        "exact",
+        "For submits that do not say: `exact` is openai-whisper's text, `fast` decodes windows beside each other.",
+        choices=("exact", "fast"),
+    )
+    fast_windows: int = _setting(
+        8, "How many windows of one recording are decoded together in mode `fast`.", low=1, high=64
+    )
     keep_alive_s: float | None = _setting(
         None,
         "Seconds without work after which the model is unloaded and its memory is free; the next job loads it again. "

@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from whisperd.daemon.descriptors import close_apart, look_at
@@ -30,6 +31,8 @@ def submit(house: House, peer: Peer, params: Submit, descriptors: list[int], rep
 
     Takes the descriptor out of `descriptors` when it goes on to the copy lane.
     """
+    if params.options["mode"] is None:
+        params = replace(params, options={**params.options, "mode": house.config.mode})
     if isinstance(params.source, UploadSource):
         raise bad_request("source: this version takes files as descriptors (kind 'fd'), not as an upload")
     if not isinstance(params.source, FileSource):

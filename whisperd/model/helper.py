@@ -17,6 +17,7 @@ from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
 from whisperd.model.software import describe
+from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
@@ -41,6 +42,7 @@ class Settings:
     threads: int
     dtype: str
     open_runs: int
+    fast_windows: int
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -53,6 +55,7 @@ class Settings:
             threads=values["threads"],
             dtype=values["dtype"],
             open_runs=values["open_runs"],
+            fast_windows=values["fast_windows"],
         )
 
 
@@ -63,6 +66,7 @@ class ModelHelper:
         self._link = link
         self._settings = settings
         self._engine: Engine | None = None
+        self._speech: SpeechDetector | None = None
         self._error = ""
         self._software: dict[str, Any] = {}
         self._mel_worker = Worker("mel")
@@ -104,6 +108,7 @@ class ModelHelper:
                 environ=os.environ,
             )
             self._engine = Engine(model, on_step=self._link.step)
+            self._speech = SpeechDetector()
         except Exception as error:
             self._error = self._loading_error(error)
             log.error("model: failed model=%s error=%s", settings.model, self._error)
@@ -126,7 +131,7 @@ class ModelHelper:
         return f"model {self._settings.model!r} cannot be loaded: {type(error).__name__}: {error}"
 
     def _begin(self, order: Transcribe) -> None:
-        if self._engine is None:
+        if self._engine is None or self._speech is None:
             self._link.send(
                 Failed(
                     run=order.run, generation=order.generation, code=ErrorCode.MODEL_UNAVAILABLE, message=self._error
@@ -137,6 +142,8 @@ class ModelHelper:
             order,
             spool=self._settings.spool,
             engine=self._engine,
+            speech=self._speech,
+            fast_windows=self._settings.fast_windows,
             mel_worker=self._mel_worker,
             send=self._link.send,
             on_step=self._link.step,

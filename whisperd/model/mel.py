@@ -143,13 +143,17 @@ class FileMel:
             return None
         block = np.zeros(count, np.float32)
         skip = max(0, -start)
-        read = self._read(start + skip, count - skip)
+        read = self.samples_at(start + skip, count - skip)
         block[skip : skip + len(read)] = read
         if skip:  # torch.stft's centre padding mirrors the beginning (the end mirrors the silence behind)
             block[:skip] = block[2 * skip : skip : -1]
         return block
 
-    def _read(self, start: int, count: int) -> NDArray[np.float32]:
+    def samples_at(self, start: int, count: int) -> NDArray[np.float32]:
+        """Return up to `count` samples from `start` on, -1 to 1, read on the thread that calls.
+
+        Raises OSError when the file became shorter.
+        """
         # Read and not mapped: a file that became shorter fails one run, where a mapping would end the process.
         count = min(count, self.samples - start)
         self._file.seek(2 * start)

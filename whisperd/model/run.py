@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from whisper import transcribe
 from whisper.audio import FRAMES_PER_SECOND
 from whisper.tokenizer import LANGUAGES
 
+from whisperd.model import fast
+from whisperd.model.coverage import Coverage, Spoken, coverage_of, joined
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
 from whisperd.model.mel import FileMel
 from whisperd.model.proxy import ProxyModel
-from whisperd.model.transcript import Transcript, segment_of
+from whisperd.model.speech import SpeechDetector, Stretch, speech_in
+from whisperd.model.transcript import Segment, Transcript, segment_of
 from whisperd.model.worker import Turn, Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
@@ -40,6 +47,8 @@ class Run:
         *,
         spool: Path,
         engine: Engine,
+        speech: SpeechDetector,
+        fast_windows: int,
         mel_worker: Worker,
         send: Callable[[HelperMessage], None],
         on_step: Callable[[], None],
@@ -49,13 +58,17 @@ class Run:
         self.audio_s = 0.0  # how far it is
         self._path = spool / order.folder / "audio.pcm"
         self._engine = engine
+        self._speech = speech
+        self._fast_windows = fast_windows
         self._mel_worker = mel_worker
         self._send = send
         self._on_step = on_step
         self._words = bool(order.options["word_timestamps"])
         self._total_s = 0.0
+        # Upgraded daemons may have runs from before there was a choice.
+        self._mode = str(order.options.get("mode") or "exact")
         self._window = (-1, -1)
-        self._same_window = 0
+        self._times_seen: Counter[tuple[int, int]] = Counter()
 
     def transcribe(self) -> Transcript:
         """Do the work and return the transcript.
@@ -77,38 +90,82 @@ class Run:
             self._total_s = mel.duration_s
             mel.scan()
             options = upstream_options(self.order.options, content_frames=mel.content_frames)
-            result = transcribe(ProxyModel(self._engine, self.turn, self), mel, **options)
+            asked_for = clips_of(options["clip_timestamps"], self._total_s)
+            if self._mode == "fast":
+                probabilities = self._listen(mel)
+                result = self._transcribe_fast(mel, options, probabilities, asked_for)
+            else:
+                result = transcribe(ProxyModel(self._engine, self.turn, self), mel, **options)
+                probabilities = self._listen(mel)
         finally:
             mel.close()
         self._progress(self._total_s)
+        segments, coverage = told_on(
+            [segment_of(segment, words=self._words) for segment in result["segments"]],
+            speech_in(probabilities, mel.samples),
+            asked_for,
+        )
         return Transcript(
             text=result["text"],
             language=result["language"],
             duration_s=self._total_s,
-            segments=[segment_of(segment, words=self._words) for segment in result["segments"]],
+            segments=segments,
             model=model.name,
             truncated=self.order.truncated,
+            mode=self._mode,
+            coverage=coverage,
+        )
+
+    def _listen(self, mel: FileMel) -> NDArray[np.float32]:
+        return self._speech.probabilities(
+            mel.samples, mel.samples_at, worker=self._mel_worker, turn=self.turn, on_step=self._on_step
+        )
+
+    def _transcribe_fast(
+        self, mel: FileMel, options: Mapping[str, Any], probabilities: NDArray[np.float32], asked_for: list[Stretch]
+    ) -> dict[str, Any]:
+        speech = speech_in(
+            probabilities,
+            mel.samples,
+            min_silence_ms=fast.MIN_SILENCE_MS,
+            pad_ms=fast.PAD_MS,
+            max_speech_s=fast.MAX_SPEECH_S,
+        )
+
+        def on_window(found: fast.WindowResult) -> None:
+            self.on_segments(found.segments)
+            self._progress(found.end_s)
+
+        return fast.transcribe_windows(
+            mel,
+            fast.windows_of(speech, asked_for),
+            proxy=lambda: ProxyModel(self._engine, self.turn, fast.Unheard()),
+            options=options,
+            at_once=self._fast_windows,
+            on_window=on_window,
         )
 
     def on_segments(self, segments: list[dict[str, Any]]) -> None:
         """Pass on what a window added."""
         wire = [segment_of(segment, words=self._words).to_wire() for segment in segments]
-        self._send(Segments(run=self.order.run, generation=self.order.generation, segments=wire))
+        if wire:
+            self._send(Segments(run=self.order.run, generation=self.order.generation, segments=wire))
 
     def on_frames(self, frames: int) -> None:
         """A window ended `frames` after its beginning."""
         self._progress((self._window[0] + frames) / FRAMES_PER_SECOND)
 
     def _on_window(self, start: int, stop: int) -> None:
-        self._same_window = self._same_window + 1 if (start, stop) == self._window else 1
-        self._window = (start, stop)
-        if self._same_window >= MAX_SAME_WINDOW:
+        self._times_seen[start, stop] += 1
+        if self._times_seen[start, stop] >= MAX_SAME_WINDOW:
             raise WhisperdError(
                 ErrorCode.INTERNAL,
                 f"openai-whisper does not get past second {start / FRAMES_PER_SECOND:.2f} of this recording with these "
                 "options; try again without word_timestamps or hallucination_silence_threshold",
             )
-        self._progress(start / FRAMES_PER_SECOND)
+        if self._mode == "exact":  # else windows come in any order
+            self._window = (start, stop)
+            self._progress(start / FRAMES_PER_SECOND)
 
     def _progress(self, done_s: float) -> None:
         if done_s > self.audio_s:
@@ -141,9 +198,28 @@ def check_options(options: Mapping[str, Any], model: LoadedModel) -> None:
         )
 
 
+def clips_of(clip_timestamps: str | Sequence[float], total_s: float) -> list[Stretch]:
+    """Return the stretches of the recording that `clip_timestamps` (as `upstream_options` gives it) asks for."""
+    times = list(map(float, clip_timestamps.split(","))) if isinstance(clip_timestamps, str) else list(clip_timestamps)
+    if len(times) % 2:
+        times.append(total_s)
+    pairs = zip(times[::2], times[1::2], strict=True)
+    return joined(Stretch(start_s=start, end_s=max(start, end)) for start, end in pairs)
+
+
+def told_on(
+    segments: Sequence[Segment], speech: Sequence[Stretch], asked_for: Sequence[Stretch]
+) -> tuple[list[Segment], Coverage]:
+    """Return the segments, marked where nobody speaks, and how they cover the speech. No text is changed."""
+    spoken = Spoken(speech)
+    marked = [replace(segment, speech=spoken.between(segment.start, segment.end)) for segment in segments]
+    texts = [Stretch(start_s=one.start, end_s=one.end) for one in segments if one.text.strip() and one.end > one.start]
+    return marked, coverage_of(speech, texts, asked_for=asked_for)
+
+
 def upstream_options(options: Mapping[str, Any], *, content_frames: int) -> dict[str, Any]:
     """Return the keyword arguments of `whisper.transcribe` for options as `parse_options` returns them."""
-    arguments = dict(options)
+    arguments = {name: value for name, value in options.items() if name != "mode"}
     arguments["temperature"] = tuple(options["temperature"])
     clips = options["clip_timestamps"]
     if not isinstance(clips, str):

@@ -11,6 +11,7 @@ import torch
 from whisper.version import __version__ as WHISPER_VERSION
 
 from whisperd import __version__
+from whisperd.model.coverage import Coverage
 
 # The protocol has finite numbers only. Where the model gave none (fp16 overflow, everything suppressed), the value
 # says the worst: as unlikely as e^-100 a token. 0.0 would say "certain".
@@ -29,7 +30,10 @@ class Word:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One segment with openai-whisper's own names; `words` is None unless word times were asked for."""
+    """One segment with openai-whisper's own names; `words` is None unless word times were asked for.
+
+    `speech` is False where nobody was heard to speak between its ends.
+    """
 
     id: int
     start: float
@@ -41,12 +45,15 @@ class Segment:
     compression_ratio: float
     no_speech_prob: float
     words: list[Word] | None
+    speech: bool = True
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the map that a transcript and an event carry; no `words` where there are none."""
+        """Return the map that transcripts and events carry; `words` only where asked for, `speech` only if False."""
         wire = asdict(self)
         if self.words is None:
             del wire["words"]
+        if self.speech:
+            del wire["speech"]
         return wire
 
 
@@ -60,6 +67,8 @@ class Transcript:
     segments: list[Segment]
     model: str
     truncated: bool
+    mode: str
+    coverage: Coverage
 
     def to_wire(self) -> dict[str, Any]:
         """Return the Transcript map of the protocol."""
@@ -71,6 +80,8 @@ class Transcript:
             "model": self.model,
             "versions": {"whisperd": __version__, "whisper": WHISPER_VERSION, "torch": str(torch.__version__)},
             "truncated": self.truncated,
+            "mode": self.mode,
+            "coverage": self.coverage.to_wire(),
         }
 
 

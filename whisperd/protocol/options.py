@@ -16,7 +16,7 @@ MAX_PROMPT_BYTES = 16 * 1024
 MAX_CANDIDATES = 32  # beams, or samples of best_of
 MAX_TEMPERATURES = 16
 
-DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "language": None,
     "task": "transcribe",
     "word_timestamps": False,
@@ -35,6 +35,9 @@ DEFAULTS: Mapping[str, Any] = {
     "suppress_tokens": "-1",
     "carry_initial_prompt": False,
 }
+# The options that are ours; None: as the daemon's setting of that name says.
+OWN_DEFAULTS: dict[str, Any] = {"mode": None}
+MODES = ("exact", "fast")
 
 
 def parse_options(values: Any) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def parse_options(values: Any) -> dict[str, Any]:
         "hallucination_silence_threshold": fields.number("hallucination_silence_threshold", None),
         "suppress_tokens": _suppress_tokens(fields),
         "carry_initial_prompt": fields.boolean("carry_initial_prompt", False),
+        "mode": _mode(fields),
     }
     fields.done()
     _check_together(options)
@@ -97,6 +101,13 @@ def _task(fields: Fields) -> str:
     if task not in ("transcribe", "translate"):
         raise fields.wrong("task", task, "'transcribe' or 'translate'")
     return task
+
+
+def _mode(fields: Fields) -> str | None:
+    mode = fields.text("mode", None, max_bytes=64)
+    if mode not in (None, *MODES):
+        raise fields.wrong("mode", mode, "'exact' or 'fast'")
+    return mode
 
 
 def _temperature(fields: Fields) -> list[float]:

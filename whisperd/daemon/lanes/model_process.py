@@ -149,6 +149,7 @@ class ModelProcess:
                 "threads": config.threads,
                 "dtype": config.dtype,
                 "open_runs": config.open_runs,
+                "fast_windows": config.fast_windows,
             },
             nice=config.helper_nice,
             log_level=config.log_level,

@@ -1,0 +1,127 @@
+"""Where in a recording somebody speaks: silero-vad's weights and rules, run a block of 30 s at a time.
+
+The package runs its network chunk by chunk (0.29 ms for 32 ms of audio on one core, measured), because it is made for
+live audio. Here the recording lies on disk, so all chunks of a block go through the convolutions together and only
+the LSTM walks from one to the next: the same numbers (a test compares), 13 times less work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from whisper.audio import SAMPLE_RATE
+
+from whisperd.model.worker import Turn, Worker
+
+CHUNK = 512  # samples that one probability is about: 32 ms
+_CONTEXT = 64  # samples of the chunk before that the network sees too
+_BLOCK_CHUNKS = 960  # about 30 s
+_BINS = 129
+_STRIDES = (1, 2, 2, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """From `start_s` to `end_s` of the recording, in seconds."""
+
+    start_s: float
+    end_s: float
+
+
+class SpeechDetector:
+    """silero-vad's network for 16 kHz, on the CPU. Loaded once; `detect` may be called for any number of recordings."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec("silero_vad")
+        assert spec is not None, "silero-vad comes with whisperd[server]"
+        assert spec.submodule_search_locations
+        path = Path(spec.submodule_search_locations[0], "data", "silero_vad.jit")
+        self._weights = {
+            name.removeprefix("_model."): value
+            for name, value in torch.jit.load(path, map_location="cpu").state_dict().items()  # type: ignore[no-untyped-call]
+            if name.startswith("_model.")
+        }
+        self._lstm = torch.nn.LSTM(128, 128)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        self._lstm.load_state_dict({f"{name}_l0": self._weights[f"decoder.rnn.{name}"] for name in names})
+
+    def probabilities(
+        self,
+        samples: int,
+        read: Callable[[int, int], NDArray[np.float32]],
+        *,
+        worker: Worker,
+        turn: Turn,
+        on_step: Callable[[], None],
+    ) -> NDArray[np.float32]:
+        """Return the probability of speech in each chunk of a recording of `samples` samples at 16 kHz.
+
+        `read(start, count)` gives samples in -1 to 1. The work is done on `worker`, a block a piece.
+        """
+        found: list[NDArray[np.float32]] = []
+        context = np.zeros(_CONTEXT, np.float32)
+        state: tuple[torch.Tensor, torch.Tensor] | None = None
+        for start in range(0, samples, _BLOCK_CHUNKS * CHUNK):
+
+            def work(start: int = start) -> None:
+                nonlocal context, state
+                on_step()
+                block = read(start, min(_BLOCK_CHUNKS * CHUNK, samples - start))
+                block = np.concatenate([context, block, np.zeros(-len(block) % CHUNK, np.float32)])
+                context = block[-_CONTEXT:]
+                chunk_probabilities, state = self._block(torch.from_numpy(block), state)
+                found.append(chunk_probabilities)
+
+            worker.call(turn, work)
+        return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+    @torch.no_grad()
+    def _block(
+        self, samples: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[NDArray[np.float32], tuple[torch.Tensor, torch.Tensor]]:
+        weights = self._weights
+        x = F.pad(samples.unfold(0, _CONTEXT + CHUNK, CHUNK)[:, None], (0, _CONTEXT), "reflect")
+        x = F.conv1d(x, weights["stft.forward_basis_buffer"], stride=128)
+        x = (x[:, :_BINS] ** 2 + x[:, _BINS:] ** 2).sqrt()
+        for number, stride in enumerate(_STRIDES):
+            place = f"encoder.{number}.reparam_conv"
+            x = F.conv1d(x, weights[f"{place}.weight"], weights[f"{place}.bias"], stride=stride, padding=1).relu()
+        x, state = self._lstm(x.squeeze(-1), state)
+        x = x.relu() @ weights["decoder.decoder.2.weight"][0, :, 0] + weights["decoder.decoder.2.bias"]
+        return x.sigmoid().numpy(), state
+
+
+def speech_in(
+    probabilities: NDArray[np.float32],
+    samples: int,
+    *,
+    min_silence_ms: int = 100,
+    pad_ms: int = 30,
+    max_speech_s: float = float("inf"),
+) -> list[Stretch]:
+    """Return the stretches of speech that silero-vad's own rule finds in the chunks' probabilities, in order.
+
+    A stretch ends at `min_silence_ms` of silence and is widened by `pad_ms` on both sides; one that is longer than
+    `max_speech_s` is cut at a silence in it.
+    """
+    threads = torch.get_num_threads()
+    try:
+        from silero_vad.utils_vad import get_speech_timestamps_from_probs
+    finally:
+        torch.set_num_threads(threads)  # importing the package sets it to one, for the whole process
+    found = get_speech_timestamps_from_probs(
+        probabilities.tolist(),
+        sampling_rate=SAMPLE_RATE,
+        audio_length_samples=samples,
+        min_silence_duration_ms=min_silence_ms,
+        speech_pad_ms=pad_ms,
+        max_speech_duration_s=max_speech_s,
+    )
+    return [Stretch(start_s=one["start"] / SAMPLE_RATE, end_s=one["end"] / SAMPLE_RATE) for one in found]
