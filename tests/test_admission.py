@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import Daemon, RawClient, error_of, requires_root, submit
-from whisperd.daemon.admission import Applicant, check_admission
+from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.config import Config
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import Priority
@@ -63,6 +63,15 @@ def test_administrators_are_bound_by_the_whole_alone() -> None:
     assert refusal(admin, {(ANNA, BACKGROUND): 17}) is None
     assert refusal(admin, {(ANNA, BACKGROUND): 18}) == "queue_full"
     assert refusal(replace(admin, priority=INTERACTIVE), {(ANNA, BACKGROUND): 19}) is None
+
+
+def test_what_is_announced_late_is_bound_by_disk_and_quota_alone() -> None:
+    check_room(CONFIG, APPLICANT, 110)
+    for applicant, free_bytes, code in (
+        (APPLICANT, 109, "storage_full"),
+        (replace(APPLICANT, spool_bytes=MIB - 9), MIB, "quota_exceeded"),
+    ):
+        assert error_of(lambda applicant=applicant, free=free_bytes: check_room(CONFIG, applicant, free)) == code
 
 
 def test_the_disk_comes_first() -> None:

@@ -31,6 +31,8 @@ from whisperd.protocol.helper_messages import (
     Progress,
     Segments,
     Transcribe,
+    UploadBegin,
+    UploadData,
     from_wire,
     to_wire,
 )
@@ -38,6 +40,8 @@ from whisperd.protocol.helper_messages import (
 MESSAGES: list[HelperMessage] = [
     HelperHello(role="copier", version="0.1.0", pid=42),
     Configure(settings={"spool": "/tmp/spool", "max_audio_s": 3600.0}),
+    UploadBegin(run=1, generation=1, folder="f"),
+    UploadData(run=1, generation=1, data=b"\x00bytes", last=True),
     CopyIn(run=1, generation=1, folder="ab12"),
     Copied(run=1, generation=1, sha256="0" * 64, size_bytes=5),
     Decode(run=1, generation=2, folder="ab12"),

@@ -411,11 +411,6 @@ def test_a_memfd_at_its_end_is_read_from_its_beginning(client: RawClient, record
     assert client.result(job["id"])["job"]["state"] == "done"
 
 
-def test_what_this_version_does_not_do_is_said(client: RawClient) -> None:
-    source = {"kind": "upload", "name": "x", "size_bytes": 5}
-    assert error_of(lambda: client.call("submit", source=source)) == "bad_request"
-
-
 def test_a_broken_client_hurts_only_itself(client: RawClient, shared: Daemon) -> None:
     for data in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x03abc", b"\x00\x00\x00\x01\xc0", b"GET / HTTP/1.1\r\n\r\n"):
         with shared.client() as broken:

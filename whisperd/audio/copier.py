@@ -11,11 +11,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from whisperd.audio.spoolfile import SpoolFile
+from whisperd.audio.spoolfile import SpoolFile, new_source
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Copied, CopyIn
 from whisperd.protocol.helpers import start
-from whisperd.protocol.spoolfolder import remove_folder, storage_errors, sync_folder
 from whisperd.protocol.tasks import Task, serve
 
 _CHUNK_BYTES = 2**20
@@ -40,28 +39,12 @@ def main() -> None:
 def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Callable[[int], None]) -> tuple[str, int]:
     """Copy all that `fd` holds to `<spool>/<folder>/source`; return its SHA-256 in hex and its size in bytes.
 
-    The folder has its name only once everything in it is on the disk, so a folder with a plain name is always whole.
     Raises `WhisperdError`: `too_large`, `storage_full`, `bad_audio` (it cannot be read), or what `on_chunk` raises; no
     trace of the copy is left then.
     """
-    partial, final = spool / f"{folder}.partial", spool / folder
-    # A copier that was killed in the middle leaves its partial folder, or the whole one that nobody heard of.
-    remove_folder(partial)
-    remove_folder(final)
-    try:
-        with storage_errors():
-            partial.mkdir(mode=0o700)
-            with SpoolFile(partial / "source") as target:
-                sha256 = _copy(fd, target, max_bytes, on_chunk)
-                target.sync()
-            sync_folder(partial)
-            partial.rename(final)
-            sync_folder(spool)
-            return sha256, target.size_bytes
-    except BaseException:
-        remove_folder(partial)
-        remove_folder(final)
-        raise
+    with new_source(spool, folder) as target:
+        sha256 = _copy(fd, target, max_bytes, on_chunk)
+    return sha256, target.size_bytes
 
 
 def _copy(fd: int, target: SpoolFile, max_bytes: int, on_chunk: Callable[[int], None]) -> str:

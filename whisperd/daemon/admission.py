@@ -30,15 +30,11 @@ class Applicant:
 
 def check_admission(config: Config, applicant: Applicant, waiting: Waiting, free_bytes: int) -> None:
     """Raise what refuses one more job: `storage_full`, `queue_full` or `quota_exceeded`."""
-    if free_bytes - applicant.size_bytes < config.min_free_bytes:
-        raise WhisperdError(
-            ErrorCode.STORAGE_FULL,
-            f"{config.state_dir} has {free_bytes} bytes free, and {config.min_free_bytes} must stay free "
-            "(setting min_free_bytes): make room and submit again",
-        )
+    _check_disk(config, applicant, free_bytes)
     # First what the user can mend himself, and what tells him least of others.
     if not applicant.unlimited:
-        _check_quotas(config, applicant, waiting)
+        _check_places(config, applicant, waiting)
+        _check_spool(config, applicant)
     reserved = max(1, int(config.capacity * config.interactive_capacity_share))
     total = sum(waiting.values())
     if not admits(priority=applicant.priority, capacity=config.capacity, reserved=reserved, waiting=total):
@@ -49,7 +45,23 @@ def check_admission(config: Config, applicant: Applicant, waiting: Waiting, free
         )
 
 
-def _check_quotas(config: Config, applicant: Applicant, waiting: Waiting) -> None:
+def check_room(config: Config, applicant: Applicant, free_bytes: int) -> None:
+    """Raise what refuses more bytes of a job that was admitted without its size: `storage_full`, `quota_exceeded`."""
+    _check_disk(config, applicant, free_bytes)
+    if not applicant.unlimited:
+        _check_spool(config, applicant)
+
+
+def _check_disk(config: Config, applicant: Applicant, free_bytes: int) -> None:
+    if free_bytes - applicant.size_bytes < config.min_free_bytes:
+        raise WhisperdError(
+            ErrorCode.STORAGE_FULL,
+            f"{config.state_dir} has {free_bytes} bytes free, and {config.min_free_bytes} must stay free "
+            "(setting min_free_bytes): make room and submit again",
+        )
+
+
+def _check_places(config: Config, applicant: Applicant, waiting: Waiting) -> None:
     uid = applicant.uid
     interactive = waiting.get((uid, Priority.INTERACTIVE), 0)
     total = interactive + waiting.get((uid, Priority.BACKGROUND), 0)
@@ -66,6 +78,9 @@ def _check_quotas(config: Config, applicant: Applicant, waiting: Waiting) -> Non
             f"{interactive} interactive jobs of yours wait, and one user may have {config.interactive_per_user} "
             "(setting interactive_per_user): submit this one as background work, or when some have ended",
         )
+
+
+def _check_spool(config: Config, applicant: Applicant) -> None:
     if applicant.spool_bytes + applicant.size_bytes > config.spool_bytes_per_user:
         raise WhisperdError(
             ErrorCode.QUOTA_EXCEEDED,

@@ -183,8 +183,17 @@ class Config:
         16 * 2**30, "Largest file, copied or downloaded, in bytes; a larger one fails as `too_large`.", low=1
     )
     copiers: int = _setting(4, "Processes that copy files in.", low=1, high=64)
-    copies_per_user: int = _setting(2, "Copies of one user at a time (admins exempt).", low=1, high=64)
+    copies_per_user: int = _setting(
+        2, "Copies of one user at a time, and as many uploads; further ones wait (admins exempt).", low=1, high=64
+    )
     copy_timeout_s: float = _setting(120.0, "Seconds without a byte after which a copy is given up.", low=1)
+    copy_limit_s: float = _setting(7200.0, "Seconds that one copy or upload may take in all, its turn come.", low=1)
+    receivers: int = _setting(
+        8, "Processes that receive uploads, from clients that cannot pass descriptors.", low=1, high=64
+    )
+    upload_timeout_s: float = _setting(
+        60.0, "Seconds without a chunk, all before answered, after which an upload is discarded.", low=0.1
+    )
     decoders: int = _setting(2, "Processes that decode audio.", low=1, high=64)
     decode_cpu_s: int = _setting(3600, "CPU seconds that decoding one recording may take.", low=1)
     decode_memory_mb: int = _setting(1024, "Memory in MiB that decoding one recording may take.", low=256)

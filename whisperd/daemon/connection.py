@@ -43,6 +43,7 @@ class Connection:
         self.closed = False
         self.broken = False  # the stream cannot be read on: flush, then close
         self.overflowed = False  # the client does not read its events: close
+        self.held = False  # by a handler that has enough for now: nothing is read
         self.frames = 0  # taken so far
         self.output_bytes = 0
         self._event_bytes = 0
@@ -79,7 +80,7 @@ class Connection:
     @property
     def _may_go_on(self) -> bool:
         return (
-            not (self.closed or self.broken or self.overflowed)
+            not (self.closed or self.broken or self.overflowed or self.held)
             and len(self._open) < self._open_limit
             and self.output_bytes <= self._max_output_bytes
         )
@@ -221,6 +222,12 @@ class Connection:
             self._event_bytes -= done if event else 0
 
     # --- the end ---
+
+    def hold(self, held: bool) -> None:
+        """Take no further requests, or go on: how a handler lets a client feel that it sends too fast."""
+        if held != self.held:
+            self.held = held
+            self._notify_output()
 
     def close_input(self) -> None:
         """The client is gone, or shall be: no request is open any more, what is queued may still be sent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from whisperd import __version__
@@ -14,7 +14,9 @@ from whisperd.daemon.server import Peer
 from whisperd.daemon.statistics import statistics
 from whisperd.daemon.store import Answer, not_found
 from whisperd.daemon.store.rows import Event, JobRow, RunRow, about
-from whisperd.daemon.submitting import submit
+from whisperd.daemon.submitting import check_traits, submit_file
+from whisperd.daemon.submitting_fetch import submit_fetch
+from whisperd.daemon.submitting_upload import submit_upload
 from whisperd.daemon.watchers import Subscription, Wait
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -22,6 +24,7 @@ from whisperd.protocol.frames import Raw
 from whisperd.protocol.messages import (
     Cancel,
     Chunk,
+    FileSource,
     Forget,
     Health,
     Hello,
@@ -35,6 +38,7 @@ from whisperd.protocol.messages import (
     Stats,
     Submit,
     Subscribe,
+    UploadSource,
 )
 
 log = logging.getLogger("whisperd.handlers")
@@ -95,13 +99,20 @@ def _handle_stats(call: Call, params: Stats) -> None:
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
-    submit(call.house, call.peer, params, call.descriptors, call.reply, call.fail)
+    if params.options["mode"] is None:
+        params = replace(params, options={**params.options, "mode": call.house.config.mode})
+    check_traits(params.options, call.house.modelling.traits)
+    match params.source:
+        case FileSource():
+            submit_file(call.house, call.peer, params, call.descriptors, call.reply, call.fail)
+        case UploadSource():
+            submit_upload(call.house, call.peer, call.id, params, call.reply, call.fail)
+        case _:
+            submit_fetch(call.house, call.peer, params, call.reply, call.fail)
 
 
 def _handle_chunk(call: Call, params: Chunk) -> None:
-    raise WhisperdError(
-        ErrorCode.BAD_REQUEST, f"there is no upload {params.upload} on this connection: this version takes descriptors"
-    )
+    call.house.uploads.take(call.peer, params, call.reply, call.fail)
 
 
 def _handle_result(call: Call, params: Result) -> None:

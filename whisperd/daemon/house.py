@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whisperd import __version__
-from whisperd.daemon.admission import Applicant, check_admission
+from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.lanes.copying import CopyLane
@@ -26,6 +26,7 @@ from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
 from whisperd.daemon.store.database import Database, StateError
 from whisperd.daemon.store.rows import Change
+from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -65,12 +66,11 @@ class House:
         )
         self.database = database
         env = helper_environment(config)
-        self.copying = CopyLane(
-            lambda freed: self._pool("copier", config.copiers, config.copy_timeout_s, env, freed),
-            self.ledger.spool,
-            per_user=config.copies_per_user,
-            unlimited=self.is_admin,
-        )
+        self.copying = self._copy_lane("copier", config.copiers, config.copy_timeout_s, env)
+        # A receiver also waits for its client, whose time is kept by the upload itself.
+        receive_timeout_s = config.copy_timeout_s + config.upload_timeout_s
+        self.receiving = self._copy_lane("receiver", config.receivers, receive_timeout_s, env)
+        self.uploads = Uploads()
         self.decoding = DecodeLane(
             lambda freed: self._pool("decoder", config.decoders, config.decode_timeout_s, env, freed),
             self.ledger,
@@ -87,6 +87,16 @@ class House:
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.ledger.changed = self._changed
 
+    def _copy_lane(self, role: str, size: int, silent_s: float, env: dict[str, str]) -> CopyLane:
+        return CopyLane(
+            lambda freed: self._pool(role, size, silent_s, env, freed),
+            self.ledger.spool,
+            self.loop,
+            limit_s=self.config.copy_limit_s,
+            per_user=self.config.copies_per_user,
+            unlimited=self.is_admin,
+        )
+
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
         config = self.config
         settings: dict[str, Any] = {"spool": str(self.ledger.spool.path)}
@@ -94,6 +104,7 @@ class House:
             settings["cache_dir"] = str(config.cache_dir)
         names = {
             "copier": ("max_source_bytes",),
+            "receiver": (),
             "decoder": ("max_audio_s", "decode_cpu_s", "decode_memory_mb"),
             "fetcher": (
                 *("fetch_extractors", "fetch_allow_private", "fetch_cookies", "fetch_timeout_s", "fetch_limit_s"),
@@ -152,13 +163,14 @@ class House:
         """End the helpers; running work returns to the queue, copies are refused."""
         self.stopping = True
         self.copying.stop()
+        self.receiving.stop()
         self.fetching.stop()
         self.decoding.stop()
         self.modelling.stop()
 
     def helpers_left(self) -> int:
         """Return how many helper processes have not ended."""
-        pools = sum(len(lane.pool.helpers) for lane in (self.copying, self.fetching, self.decoding))
+        pools = sum(len(lane.pool.helpers) for lane in (self.copying, self.receiving, self.fetching, self.decoding))
         return pools + (self.modelling.helper is not None)
 
     def _changed(self, change: Change) -> None:
@@ -221,6 +233,8 @@ class House:
     def peer_closed(self, peer: Peer) -> None:
         """A client is gone: its waits end and its attached jobs lose a holder."""
         self.copying.client_left(peer.id)
+        self.receiving.client_left(peer.id)
+        self.uploads.client_left(peer)
         for job_id in self.watchers.forget_peer(peer):
             if not self.stopping:
                 self.cancel_unheld(job_id)
@@ -237,7 +251,7 @@ class House:
 
     def waiting(self) -> Counter[tuple[int, Priority]]:
         """Return how many places of the queue are taken, by user and priority: waiting jobs and jobs to be."""
-        return self.board.waiting_jobs() + self.copying.counts() + self.accepting
+        return self.board.waiting_jobs() + self.copying.counts() + self.receiving.counts() + self.accepting
 
     def refuse_when_stopping(self) -> None:
         """Raise `stopping` once the daemon stops: nothing is begun any more."""
@@ -249,18 +263,26 @@ class House:
 
         `stored_bytes` is what the store knows of this user's audio (`Store.spool_bytes`).
         """
-        applicant = Applicant(
+        applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
+        check_admission(self.config, applicant, self.waiting(), self.free_bytes)
+
+    def admit_more(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
+        """Raise what refuses so many more bytes of an upload that was admitted without its size."""
+        check_room(self.config, self._applicant(uid, priority, size_bytes, stored_bytes), self.free_bytes)
+
+    def _applicant(self, uid: int, priority: Priority, size_bytes: int, stored_bytes: int) -> Applicant:
+        return Applicant(
             uid=uid,
             unlimited=self.is_admin(uid),
             priority=priority,
             size_bytes=size_bytes,
-            spool_bytes=stored_bytes + self.copying.bytes_of(uid),
+            spool_bytes=stored_bytes + self.copying.bytes_of(uid) + self.receiving.bytes_of(uid),
         )
-        check_admission(self.config, applicant, self.waiting(), self.free_bytes)
 
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do."""
-        found = [self.copying.pool.problem, self.fetching.problem, self.decoding.problem]
+        pools = (self.copying.pool.problem, self.receiving.pool.problem)
+        found = [*pools, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
         if self.modelling.paused:

@@ -73,6 +73,10 @@ class Peer:
         """End a subscription: it no longer counts as an open request."""
         self._link.connection.finish(request_id)
 
+    def hold(self, held: bool) -> None:
+        """Read no further requests of this client, or go on: how it feels that it sends too fast."""
+        self._link.connection.hold(held)
+
     def on_drained(self, fn: Callable[[], object]) -> None:
         """Call `fn` once, soon, when little output waits: for a long list that is loaded piece by piece."""
         self._link.on_drained(fn)

@@ -11,6 +11,7 @@ from typing import Any
 
 from whisperd.daemon.helper import process_rss_bytes
 from whisperd.daemon.house import House
+from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.pool import Pool
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import JobState, Priority
@@ -83,11 +84,8 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "model": _model(house),
         "software": _software(house),
         "lanes": {
-            "copy": {
-                "active": sum(house.copying.pool.busy.values()),
-                "waiting": house.copying.waiting,
-                "failed": house.copying.failed,
-            },
+            "copy": _copies(house.copying),
+            "upload": _copies(house.receiving),
             "fetch": house.fetching.show(),
             "decode": {
                 "active": sum(house.decoding.pool.busy.values()),
@@ -113,6 +111,10 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
             "uptime_s": house.loop.time() - house.started_at,
         },
     }
+
+
+def _copies(lane: CopyLane) -> dict[str, int]:
+    return {"active": sum(lane.pool.busy.values()), "waiting": lane.waiting, "failed": lane.failed}
 
 
 def _model(house: House) -> dict[str, Any]:

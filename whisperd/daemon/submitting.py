@@ -1,46 +1,34 @@
-"""The submit operation: checks that need no reading, admission, the copy, then one commit and the acknowledgement."""
+"""The submit of a descriptor: checks that need no reading, admission, the copy, then the commit and the answer.
+
+Uploads are `submitting_upload`'s, what is to be downloaded `submitting_fetch`'s.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
+from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
 from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
-from whisperd.daemon.keys import digest, share_key
 from whisperd.daemon.lanes.copying import Copy
 from whisperd.daemon.server import Peer
 from whisperd.daemon.store import key_conflict
-from whisperd.daemon.store.rows import Change, NewJob, about
-from whisperd.daemon.submitting_fetch import submit_fetch
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied
-from whisperd.protocol.messages import FileSource, Submit, UploadSource, source_to_wire
-
-Reply = Callable[[Mapping[str, Any]], None]
-Fail = Callable[[WhisperdError], None]
+from whisperd.protocol.messages import Submit
 
 
-def submit(house: House, peer: Peer, params: Submit, descriptors: list[int], reply: Reply, fail: Fail) -> None:
+def submit_file(house: House, peer: Peer, params: Submit, descriptors: list[int], reply: Reply, fail: Fail) -> None:
     """Handle one submit: raises what can be refused at once, else answers through `reply` or `fail`, once.
 
     Takes the descriptor out of `descriptors` when it goes on to the copy lane.
     """
-    if params.options["mode"] is None:
-        params = replace(params, options={**params.options, "mode": house.config.mode})
-    if isinstance(params.source, UploadSource):
-        raise bad_request("source: this version takes files as descriptors (kind 'fd'), not as an upload")
-    if not isinstance(params.source, FileSource):
-        check_traits(params.options, house.modelling.traits)
-        submit_fetch(house, peer, params, reply, fail)
-        return
     size_bytes = check_descriptors(descriptors, max_bytes=house.config.max_source_bytes)
-    check_traits(params.options, house.modelling.traits)
     _Submission(house, peer, params, descriptors.pop(), size_bytes, reply, fail).begin()
 
 
@@ -112,7 +100,7 @@ class _Submission:
         self._house, self._peer, self._params = house, peer, params
         self._descriptor, self._size_bytes = descriptor, size_bytes
         self._reply, self._fail = reply, fail
-        self._source = source_to_wire(params.source)
+        self._early = early_fingerprint(size_bytes, params.options)
         self._copy: Copy | None = None
 
     def begin(self) -> None:
@@ -122,11 +110,10 @@ class _Submission:
         if key is None and self._house.is_admin(uid):  # nothing to look up
             self._admit_and_copy(known=False, stored_bytes=0)
             return
-        early = self._early_fingerprint()
 
         def then(found: tuple[Any, int]) -> None:
             row, stored_bytes = found
-            if key is not None and row is not None and row["fingerprint"][: len(early)] != early:
+            if key is not None and row is not None and row["fingerprint"][: len(self._early)] != self._early:
                 self._give_up(key_conflict(key))
                 return
             if row is not None and self._params.attached:
@@ -142,7 +129,7 @@ class _Submission:
             if not known:
                 uid, priority = self._peer.uid, self._params.priority
                 self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=stored_bytes)
-            if self._peer.closed and not self._outlives_client:
+            if self._peer.closed and not outlives_client(self._params):
                 raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
         except WhisperdError as error:
             self._give_up(error)
@@ -153,61 +140,26 @@ class _Submission:
             descriptor=self._descriptor,
             size_bytes=self._size_bytes,
             folder=self._house.ledger.spool.new_folder(),
-            client=None if self._outlives_client else self._peer.id,
+            client=None if outlives_client(self._params) else self._peer.id,
             copied=self._copied,
             refused=self._fail,
         )
         self._house.copying.add(self._copy)
 
-    @property
-    def _outlives_client(self) -> bool:
-        """A client that can ask again by key finds its job; one without a key could never learn its id."""
-        return self._params.key is not None and not self._params.attached
-
     def _give_up(self, error: WhisperdError) -> None:
         close_apart([self._descriptor])
         self._fail(error)
 
-    def _early_fingerprint(self) -> bytes:
-        """What is known of the source before it is copied; the first half of `fingerprint`."""
-        return digest([self._source["kind"], self._size_bytes, dict(self._params.options)])
-
     def _copied(self, copied: Copied) -> None:
-        params, house = self._params, self._house
         assert self._copy is not None
-        copy = self._copy
-        new = NewJob(
-            uid=self._peer.uid,
-            priority=params.priority,
-            attached=params.attached,
-            key=params.key,
-            source=self._source,
-            options=params.options,
-            fresh=params.fresh,
-            fingerprint=self._early_fingerprint() + digest([copied.sha256]),
-            share_key=self._share_key(copied),
-            folder=copy.folder,
-            sha256=copied.sha256,
-            size_bytes=copied.size_bytes,
+        accept(
+            self._house,
+            self._peer,
+            self._params,
+            early=self._early,
+            lane=self._house.copying,
+            copy=self._copy,
+            copied=copied,
+            reply=self._reply,
+            fail=self._fail,
         )
-
-        def accepted(change: Change) -> None:
-            house.copying.settled(copy)
-            job, run = about(change)
-            if change.reused:
-                house.metrics.cache_hits += 1
-            if params.attached:
-                house.hold(job.id, self._peer)
-            self._reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
-
-        def refused(error: WhisperdError) -> None:
-            house.copying.settled(copy)
-            house.ledger.spool.remove(copy.folder)
-            self._fail(error)
-
-        store = house.ledger.store
-        house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)
-
-    def _share_key(self, copied: Copied) -> bytes:
-        house = self._house
-        return share_key(house.config, self._peer.uid, copied.sha256, self._params.options, house.modelling.identity)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
+from whisperd.daemon.accepting import Fail, Reply
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, source_key
 from whisperd.daemon.server import Peer
@@ -12,9 +12,6 @@ from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.messages import Submit, source_to_wire
-
-Reply = Callable[[Mapping[str, Any]], None]
-Fail = Callable[[WhisperdError], None]
 
 
 def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: Fail) -> None:

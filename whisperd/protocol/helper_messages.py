@@ -41,7 +41,28 @@ class CopyIn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadBegin:
+    """To a receiver: what comes as `UploadData` goes to `<folder>/source`, hashed, made durable, answered `Copied`."""
+
+    run: int
+    generation: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadData:
+    """To a receiver: the next bytes, and whether they are the last. Each is answered by a `Progress` once written."""
+
+    run: int
+    generation: int
+    data: bytes
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Copied:
+    """From a copier or a receiver: `<folder>/source` is there, whole and durable."""
+
     run: int
     generation: int
     sha256: str
@@ -200,6 +221,8 @@ HelperMessage = (
     HelperHello
     | Configure
     | CopyIn
+    | UploadBegin
+    | UploadData
     | Copied
     | Decode
     | Decoded

@@ -9,13 +9,22 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.helper_messages import Cancel, CopyIn, Decode, Failed, Fetch, HelperMessage, Progress
+from whisperd.protocol.helper_messages import (
+    Cancel,
+    CopyIn,
+    Decode,
+    Failed,
+    Fetch,
+    HelperMessage,
+    Progress,
+    UploadBegin,
+)
 from whisperd.protocol.helpers import HelperLink
 
 _CHECK_S = 0.05  # how often the inbox is looked at: well under the 2 s in which a Cancel must be answered
 _PROGRESS_S = 0.3
 
-Order = TypeVar("Order", CopyIn, Decode, Fetch)
+Order = TypeVar("Order", CopyIn, Decode, Fetch, UploadBegin)
 log = logging.getLogger("whisperd.helper")
 
 
@@ -23,7 +32,10 @@ class Task:
     """One order at work: how it tells its progress and hears that it is no longer wanted."""
 
     def __init__(
-        self, link: HelperLink, order: CopyIn | Decode | Fetch, clock: Callable[[], float] = time.monotonic
+        self,
+        link: HelperLink,
+        order: CopyIn | Decode | Fetch | UploadBegin,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._order = order

@@ -1,4 +1,8 @@
-"""The copy lane: a submitted descriptor becomes a durable file in the spool, then a job."""
+"""The copy lane: a submitted recording becomes a durable file in the spool, then a job.
+
+Two of them: one whose helpers read descriptors, one whose helpers are fed what clients upload. Apart, because an upload
+takes as long as its client likes, and must not keep files waiting that are on this machine already.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,19 @@ from dataclasses import dataclass
 
 from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
+from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import Turns, Waiting, pick
 from whisperd.daemon.spool import Spool
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.helper_messages import Copied, CopyIn, Failed, HelperMessage
+from whisperd.protocol.helper_messages import (
+    Copied,
+    CopyIn,
+    Failed,
+    HelperMessage,
+    Progress,
+    UploadBegin,
+    UploadData,
+)
 from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd.lanes")
@@ -23,7 +36,7 @@ _MAX_LOSSES = 3  # helpers that a copy may lose
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Copy:
-    """A copy that waits or runs. It owns `descriptor` until it ends.
+    """A copy that waits or runs. It owns `descriptor` until it ends; without one it is an upload, which is fed.
 
     Ends with one call of `copied` or `refused`. A copy counts as a waiting job from its admission on; after `copied`
     until the caller says `CopyLane.settled`, when the job itself counts.
@@ -31,31 +44,47 @@ class Copy:
 
     uid: int
     priority: Priority
-    descriptor: int
-    size_bytes: int
+    descriptor: int | None
+    size_bytes: int  # of an upload that does not tell: what has come so far
     folder: str
     client: int | None  # the connection with which it ends, if it does not outlive its client
+    started: Callable[[], None] = lambda: None
+    progressed: Callable[[Progress], None] = lambda progress: None
     copied: Callable[[Copied], None]
     refused: Callable[[WhisperdError], None]
     ticket: int = 0
     active: bool = False
-    unwanted: bool = False  # its client has left
+    refusal: WhisperdError | None = None  # why it is being given up
     losses: int = 0
+    deadline: Timer | None = None
+
+    def close(self) -> None:
+        """Give back what it owns."""
+        if self.descriptor is not None:
+            close_apart([self.descriptor])
+        if self.deadline is not None:
+            self.deadline.cancel()
 
 
 class CopyLane:
-    """Copies by priority and in turns, at most `per_user` at a time of one user who is not `unlimited`."""
+    """Copies by priority and in turns, at most `per_user` at a time of one user who is not `unlimited`.
+
+    One that has begun has `limit_s` until its end: a file system may give a byte a minute, and so may a client.
+    """
 
     def __init__(
         self,
         make_pool: Callable[[Callable[[], None]], Pool],
         spool: Spool,
+        loop: Loop,
         *,
+        limit_s: float,
         per_user: int,
         unlimited: Callable[[int], bool],
     ) -> None:
         self.pool = make_pool(self.pump)
-        self._spool = spool
+        self._spool, self._loop = spool, loop
+        self._limit_s = limit_s
         self._per_user = per_user
         self._unlimited = unlimited
         self._turns = Turns()
@@ -91,11 +120,21 @@ class CopyLane:
     def client_left(self, client: int) -> None:
         """Give up the copies that end with a connection: nobody could learn of their jobs any more."""
         for copy in [copy for copy in self._copies.values() if copy.client == client]:
-            copy.unwanted = True
-            if copy.active:
-                self.pool.cancel(copy.ticket)
-            else:
-                self._refuse(copy, _client_left())
+            self.give_up(copy, WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied"))
+
+    def give_up(self, copy: Copy, error: WhisperdError) -> None:
+        """Refuse a copy, once its helper has let go of it."""
+        if copy.ticket not in self._copies or copy.refusal is not None:
+            return
+        copy.refusal = error
+        if copy.active:
+            self.pool.cancel(copy.ticket)
+        else:
+            self._refuse(copy, error)
+
+    def feed(self, copy: Copy, data: bytes, *, last: bool) -> None:
+        """Hand the next bytes of a started upload to its helper, which answers with progress."""
+        self.pool.feed(copy.ticket, UploadData(run=copy.ticket, generation=1, data=data, last=last))
 
     def stop(self) -> None:
         """Refuse every copy: the daemon stops, and what is not accepted is the client's to submit again."""
@@ -123,24 +162,33 @@ class CopyLane:
     def _start(self, copy: Copy) -> None:
         copy.active = True
         self._turns.serve(copy.priority, copy.uid)
+        if copy.deadline is None:
+            copy.deadline = self._loop.call_later(self._limit_s, lambda: self._late(copy))
+        order = CopyIn if copy.descriptor is not None else UploadBegin
         self.pool.run(
             Task(
                 run=copy.ticket,
                 generation=1,
                 priority=copy.priority,
-                message=CopyIn(run=copy.ticket, generation=1, folder=copy.folder),
-                descriptors=[copy.descriptor],
+                message=order(run=copy.ticket, generation=1, folder=copy.folder),
+                descriptors=[] if copy.descriptor is None else [copy.descriptor],
+                progressed=lambda progress: copy.progressed(progress),
                 done=lambda message: self._answered(copy, message),
                 lost=lambda loss: self._lost(copy, loss),
             )
         )
+        copy.started()
+
+    def _late(self, copy: Copy) -> None:
+        message = f"it was not complete after {self._limit_s:g} s (setting copy_limit_s): copy it to a local disk first"
+        self.give_up(copy, WhisperdError(ErrorCode.TIMED_OUT, message))
 
     def _answered(self, copy: Copy, message: HelperMessage) -> None:
-        if copy.unwanted:  # whatever the answer: it may have crossed the cancel
-            self._refuse(copy, _client_left())
+        if copy.refusal is not None:  # whatever the answer: it may have crossed the cancel
+            self._refuse(copy, copy.refusal)
         elif isinstance(message, Copied):
             self._committing[copy.ticket] = self._copies.pop(copy.ticket)
-            close_apart([copy.descriptor])
+            copy.close()
             copy.copied(message)
         elif isinstance(message, Failed):
             self._refuse(copy, WhisperdError(message.code, message.message))
@@ -148,7 +196,10 @@ class CopyLane:
     def _lost(self, copy: Copy, loss: Loss) -> None:
         """Copy anew, as the descriptor is still there; not a file whose reading hangs, nor one that kills copiers."""
         copy.losses += 1
-        if loss.hung:
+        if copy.descriptor is None:
+            message = f"the process that received it ended ({loss.reason}): upload it again"
+            self._refuse(copy, WhisperdError(ErrorCode.WORKER_CRASHED, message))
+        elif loss.hung:
             message = f"the file could not be read to its end ({loss.reason}): copy it to a local disk and submit that"
             self._refuse(copy, WhisperdError(ErrorCode.TIMED_OUT, message))
         elif copy.losses == _MAX_LOSSES:
@@ -162,10 +213,6 @@ class CopyLane:
             return
         if error.code not in (ErrorCode.CANCELLED, ErrorCode.STOPPING):
             self.failed += 1
-        close_apart([copy.descriptor])
+        copy.close()
         self._spool.remove(copy.folder)
         copy.refused(error)
-
-
-def _client_left() -> WhisperdError:
-    return WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")

@@ -134,6 +134,12 @@ class Pool:
         worker.task, worker.cancelled = task, False
         self._expect_progress(worker)
 
+    def feed(self, run: int, message: HelperMessage) -> None:
+        """Send more to the helper that works on a run."""
+        for worker in self._workers:
+            if worker.task is not None and worker.task.run == run and not worker.cancelled:
+                worker.helper.send(message)
+
     def cancel(self, run: int) -> None:
         """End the work on a run; its helper is replaced if it does not give up within the grace."""
         for worker in self._workers:

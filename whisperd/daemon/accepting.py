@@ -1,0 +1,77 @@
+"""The end of every submit whose bytes are in the spool: one commit, then the acknowledgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from whisperd.daemon.house import House
+from whisperd.daemon.keys import digest, share_key
+from whisperd.daemon.lanes.copying import Copy, CopyLane
+from whisperd.daemon.server import Peer
+from whisperd.daemon.store.rows import Change, NewJob, about
+from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.helper_messages import Copied
+from whisperd.protocol.messages import Submit, source_to_wire
+
+Reply = Callable[[Mapping[str, Any]], None]
+Fail = Callable[[WhisperdError], None]
+
+
+def early_fingerprint(size_bytes: int, options: Mapping[str, Any]) -> bytes:
+    """Return what is known of a file before its bytes are there; the first half of its fingerprint.
+
+    The same for a descriptor and an upload: a client may submit by one, and after a broken connection by the other.
+    """
+    return digest(["fd", size_bytes, dict(options)])
+
+
+def outlives_client(params: Submit) -> bool:
+    """True when a client that is gone can ask again by key and find its job: without one it never learns its id."""
+    return params.key is not None and not params.attached
+
+
+def accept(
+    house: House,
+    peer: Peer,
+    params: Submit,
+    *,
+    early: bytes,
+    lane: CopyLane,
+    copy: Copy,
+    copied: Copied,
+    reply: Reply,
+    fail: Fail,
+) -> None:
+    """Commit the job of a file that is in the spool; answers through `reply` or `fail`, once, and settles its copy."""
+    new = NewJob(
+        uid=peer.uid,
+        priority=params.priority,
+        attached=params.attached,
+        key=params.key,
+        source=source_to_wire(params.source),
+        options=params.options,
+        fresh=params.fresh,
+        fingerprint=early + digest([copied.sha256]),
+        share_key=share_key(house.config, peer.uid, copied.sha256, params.options, house.modelling.identity),
+        folder=copy.folder,
+        sha256=copied.sha256,
+        size_bytes=copied.size_bytes,
+    )
+
+    def accepted(change: Change) -> None:
+        lane.settled(copy)
+        job, run = about(change)
+        if change.reused:
+            house.metrics.cache_hits += 1
+        if params.attached:
+            house.hold(job.id, peer)
+        reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
+
+    def refused(error: WhisperdError) -> None:
+        lane.settled(copy)
+        house.ledger.spool.remove(copy.folder)
+        fail(error)
+
+    store = house.ledger.store
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)

@@ -1,0 +1,184 @@
+"""Submits of kind `upload`: the key first, admission, then the bytes as they come, one commit and the answer."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
+from whisperd.daemon.house import House
+from whisperd.daemon.lanes.copying import Copy
+from whisperd.daemon.server import Peer
+from whisperd.daemon.store import Answer, key_conflict
+from whisperd.daemon.uploads import Upload
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.fields import bad_request
+from whisperd.protocol.helper_messages import Copied
+from whisperd.protocol.messages import Chunk, Submit, UploadSource
+
+
+def submit_upload(house: House, peer: Peer, request_id: int, params: Submit, reply: Reply, fail: Fail) -> None:
+    """Handle one submit whose bytes come as chunks under `request_id`; answers through `reply` or `fail`, once.
+
+    Raises what can be refused at once. A known key is answered at once too: its bytes are there already.
+    """
+    house.refuse_when_stopping()
+    assert isinstance(params.source, UploadSource)
+    size_bytes, most = params.source.size_bytes, house.config.max_source_bytes
+    if size_bytes is not None and size_bytes > most:
+        raise _too_large(most)
+    _UploadSubmission(house, peer, request_id, params, size_bytes, reply, fail).begin()
+
+
+def _too_large(most: int) -> WhisperdError:
+    message = f"at most {most} bytes are taken (setting max_source_bytes): cut the recording into parts"
+    return WhisperdError(ErrorCode.TOO_LARGE, message)
+
+
+class _UploadSubmission:
+    """One upload between its checks and its answer."""
+
+    def __init__(
+        self,
+        house: House,
+        peer: Peer,
+        request_id: int,
+        params: Submit,
+        size_bytes: int | None,
+        reply: Reply,
+        fail: Fail,
+    ) -> None:
+        self._house, self._peer, self._params, self._size_bytes = house, peer, params, size_bytes
+        self._reply, self._fail = reply, fail
+        self._stored_bytes = 0
+        self._copy: Copy | None = None  # from its admission on
+        self._ended = False
+        self._upload = Upload(
+            house.loop,
+            peer,
+            request_id,
+            timeout_s=house.config.upload_timeout_s,
+            check=self._check,
+            send=self._send,
+            failed=self._given_up,
+        )
+
+    def begin(self) -> None:
+        """Look the key up. Chunks that come meanwhile are held back."""
+        self._house.uploads.add(self._peer, self._upload)
+        key, uid, store = self._params.key, self._peer.uid, self._house.ledger.store
+
+        def look(db: sqlite3.Connection, now: float) -> tuple[Any, Answer | None, int]:
+            row, stored_bytes = store.look_up(db, uid, key, now)
+            job_id = None if row is None else row["job_id"]
+            known = None if job_id is None else store.answer(db, job_id, uid=None, with_transcript=False)
+            return row, known, stored_bytes
+
+        def then(found: tuple[Any, Answer | None, int]) -> None:
+            row, known, self._stored_bytes = found
+            if self._upload.error is not None:
+                return  # silent, or gone, in the meantime: it has been answered
+            if known is not None:
+                self._answer_known(row["fingerprint"], known)
+            else:
+                self._admit()
+
+        self._house.ledger.read(look, then, self._end)
+
+    def _answer_known(self, fingerprint: bytes, known: Answer) -> None:
+        key, size_bytes = self._params.key, self._size_bytes
+        assert key is not None
+        early = early_fingerprint(known.run.size_bytes if size_bytes is None else size_bytes, self._params.options)
+        if fingerprint[: len(early)] != early:
+            self._end(key_conflict(key))
+            return
+        if self._params.attached:
+            self._house.hold(known.job.id, self._peer)
+        self._house.uploads.remove(self._peer)
+        self._reply({"job": self._house.board.show(known.job, known.run).to_wire(), "reused": True})
+
+    def _admit(self) -> None:
+        size_bytes = self._size_bytes or 0
+        uid, priority = self._peer.uid, self._params.priority
+        try:
+            self._house.refuse_when_stopping()
+            self._house.admit(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
+        except WhisperdError as error:
+            self._end(error)
+            return
+        self._copy = Copy(
+            uid=uid,
+            priority=priority,
+            descriptor=None,
+            size_bytes=size_bytes or self._upload.received_bytes,
+            folder=self._house.ledger.spool.new_folder(),
+            client=self._peer.id,
+            started=self._upload.start,
+            progressed=lambda progress: self._upload.written(int(progress.done)),
+            copied=self._copied,
+            refused=self._end,
+        )
+        self._maybe_outlive_client()
+        self._house.receiving.add(self._copy)
+
+    # --- the bytes ---
+
+    def _check(self, chunk: Chunk, received_bytes: int) -> None:
+        """Raise what ends the upload as a whole."""
+        house, size_bytes = self._house, self._size_bytes
+        if size_bytes is not None and (received_bytes > size_bytes or (chunk.last and received_bytes < size_bytes)):
+            raise bad_request(
+                f"chunk: {received_bytes} bytes came where size_bytes promised {size_bytes}: submit again with the "
+                "true size, or with null"
+            )
+        if received_bytes > house.config.max_source_bytes:
+            raise _too_large(house.config.max_source_bytes)
+        if size_bytes is None and self._copy is not None:
+            house.admit_more(
+                self._peer.uid,
+                self._params.priority,
+                size_bytes=len(chunk.data),
+                stored_bytes=self._stored_bytes,
+            )
+            self._copy.size_bytes = received_bytes
+
+    def _send(self, data: bytes, last: bool) -> None:
+        assert self._copy is not None
+        self._maybe_outlive_client()
+        self._house.receiving.feed(self._copy, data, last=last)
+
+    def _maybe_outlive_client(self) -> None:
+        """Once all of it has come, it is like a copy: its client may go and ask again by key."""
+        if self._copy is not None and self._upload.complete and outlives_client(self._params):
+            self._copy.client = None
+
+    # --- the end ---
+
+    def _given_up(self, error: WhisperdError) -> None:
+        if self._copy is None:
+            self._end(error)
+        else:
+            self._house.receiving.give_up(self._copy, error)
+
+    def _end(self, error: WhisperdError) -> None:
+        """Refuse it, once: by the lane, or where it never came to the lane."""
+        if not self._ended:
+            self._ended = True
+            self._upload.give_up(error)
+            self._house.uploads.remove(self._peer)
+            self._fail(error)
+
+    def _copied(self, copied: Copied) -> None:
+        assert self._copy is not None
+        self._house.uploads.remove(self._peer)
+        accept(
+            self._house,
+            self._peer,
+            self._params,
+            early=early_fingerprint(copied.size_bytes, self._params.options),
+            lane=self._house.receiving,
+            copy=self._copy,
+            copied=copied,
+            reply=self._reply,
+            fail=self._fail,
+        )
