@@ -18,7 +18,8 @@ class MediaServer:
 
     `/talk.wav` at once · `/slow/…` as `go_on` allows: the first 64 KiB, the rest once it is set · `/cut/…` the first
     half, as long as it has not been asked for the rest · `/always-cut/…` · `/status/404/…` · `/limited/7/…` 429 with
-    that Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path.
+    that Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path. `by_name` holds other
+    recordings, `refused` names that are answered with a status, `slow` names that wait for `go_on`.
     """
 
     def __init__(self, recording: Path) -> None:
@@ -26,6 +27,9 @@ class MediaServer:
         self.asked: Counter[str] = Counter()
         self.go_on = threading.Event()
         self.limited = True
+        self.by_name: dict[str, bytes] = {}
+        self.refused: dict[str, int] = {}
+        self.slow: set[str] = set()
         self._lock = threading.Lock()
         server = self
 
@@ -69,8 +73,10 @@ class MediaServer:
                 self._refuse(request, 500)
             case "redirect", host, name:
                 self._refuse(request, 302, ("Location", f"http://{host}:{self.port}/{name}"))
+            case _ if (name := request.path.rpartition("/")[2]) in self.refused:
+                self._refuse(request, self.refused[name])
             case _:
-                self._send(request, how)
+                self._send(request, "slow" if name in self.slow else how, self.by_name.get(name, self.content))
 
     def _refuse(self, request: BaseHTTPRequestHandler, code: int, *headers: tuple[str, str]) -> None:
         request.send_response(code)
@@ -78,7 +84,7 @@ class MediaServer:
             request.send_header(name, value)
         request.end_headers()
 
-    def _send(self, request: BaseHTTPRequestHandler, how: str) -> None:
+    def _send(self, request: BaseHTTPRequestHandler, how: str, content: bytes) -> None:
         start = 0
         asked = request.headers.get("Range", "")
         if asked.startswith("bytes=") and how != "always-cut":
@@ -86,21 +92,21 @@ class MediaServer:
         request.send_response(206 if start else 200)
         request.send_header("Content-Type", "text/html" if request.path.endswith(".html") else "audio/x-wav")
         request.send_header("Accept-Ranges", "bytes")
-        request.send_header("Content-Length", str(len(self.content) - start))
+        request.send_header("Content-Length", str(len(content) - start))
         if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         request.end_headers()
-        end = len(self.content)
+        end = len(content)
         if how == "always-cut" or (how == "cut" and start == 0):
-            end = len(self.content) // 2
+            end = len(content) // 2
         try:
             for offset in range(start, end, _CHUNK_BYTES):
                 if how == "slow" and offset >= 4 * _CHUNK_BYTES:
                     self.go_on.wait()
-                request.wfile.write(self.content[offset : min(end, offset + _CHUNK_BYTES)])
+                request.wfile.write(content[offset : min(end, offset + _CHUNK_BYTES)])
         except OSError:  # it has had enough
             pass
-        if end < len(self.content):
+        if end < len(content):
             request.close_connection = True
 
 

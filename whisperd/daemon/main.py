@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.handlers import dispatch
 from whisperd.daemon.house import House
 from whisperd.daemon.listener import Listener, SocketTakenError, inherited_listener, make_folder
-from whisperd.daemon.loop import Loop
+from whisperd.daemon.loop import READ, Loop
 from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
 from whisperd.daemon.store.database import Database, StateError
@@ -32,6 +33,8 @@ from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
 
 log = logging.getLogger("whisperd")
+
+_STDIN = 0
 
 EXIT_STORAGE = 1  # storage failed under it
 EXIT_USAGE = 2  # wrong usage or configuration
@@ -79,9 +82,10 @@ class _Command(click.Command):
 @click.option("--threads", metavar="N", type=int, help="CPU threads of the model; 0 = all cores.")
 @click.option("--capacity", metavar="N", type=int, help="How many jobs may wait.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@click.option("--until-eof", is_flag=True, help="Stop when standard input (a pipe) ends: another program's own daemon.")
 @click.option("--check", is_flag=True, help="Check the settings and exit.")
 @click.version_option(__version__, "-V", "--version", prog_name="whisperd")
-def main(check: bool, **flags: Any) -> None:
+def main(check: bool, until_eof: bool, **flags: Any) -> None:
     """Own the GPU: load one Whisper model and transcribe for every program on this machine.
 
     Runs in the foreground and logs to stderr; `whisperctl` talks to it.
@@ -95,20 +99,24 @@ def main(check: bool, **flags: Any) -> None:
             click.echo("the settings are good")
             return
         logs.configure(config.log_level, background=True)
-        sys.exit(serve(config, listener))
+        sys.exit(serve(config, listener, until_eof=until_eof))
     except ConfigError as error:
         _end(EXIT_USAGE, str(error), listener)
     except _CannotStart as error:
         _end(error.code, str(error), listener)
 
 
-def serve(config: Config, listener: Listener | None = None) -> int:
+def serve(config: Config, listener: Listener | None = None, *, until_eof: bool = False) -> int:
     """Run the daemon until it is told to stop; return its exit code. `listener` is the inherited one, if any.
+
+    `until_eof`: the end of standard input tells it too, so it ends with whoever holds the other end, even by kill -9.
 
     Raises `ConfigError` and `_CannotStart`.
     """
     # A crash, and systemd's watchdog, then leave in the log where the process stood.
     faulthandler.enable()
+    if until_eof and not stat.S_ISFIFO(os.fstat(_STDIN).st_mode):
+        raise ConfigError("--until-eof needs a pipe as standard input, whose end tells when to stop")
     if missing := [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
     os.umask(0o077)
@@ -138,7 +146,7 @@ def serve(config: Config, listener: Listener | None = None) -> int:
             "and --socket",
         )
     try:
-        return _Daemon(config, listener).run()
+        return _Daemon(config, listener, until_eof=until_eof).run()
     except StateError as error:
         raise _CannotStart(EXIT_STATE, str(error)) from None
     except SocketTakenError as error:
@@ -148,9 +156,10 @@ def serve(config: Config, listener: Listener | None = None) -> int:
 class _Daemon:
     """Starts the parts in order, and stops them in the opposite one."""
 
-    def __init__(self, config: Config, listener: Listener | None) -> None:
+    def __init__(self, config: Config, listener: Listener | None, *, until_eof: bool) -> None:
         self._config = config
         self._listener = listener
+        self._until_eof = until_eof
         self._loop = Loop()
         self._exit_code = 0
         self._stopping = False
@@ -174,6 +183,8 @@ class _Daemon:
         house.connections = lambda: server.count
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, self._stop)
+        if self._until_eof:
+            loop.register(_STDIN, READ, self._read_stdin)
         house.start()
         log.info(
             "started version=%s pid=%d socket=%s state=%s model=%s device=%s capacity=%d",
@@ -187,6 +198,11 @@ class _Daemon:
             house.ledger.spool.stop()
             log.info("stopped")
         return self._exit_code
+
+    def _read_stdin(self, events: int) -> None:
+        if not os.read(_STDIN, 4096):
+            self._loop.unregister(_STDIN)
+            self._stop()
 
     def _stop(self) -> None:
         """Stop as asked: refuse what comes, return running work to the queue, let replies out, go."""

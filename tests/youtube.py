@@ -1,0 +1,30 @@
+"""YouTube for tests: real yt-dlp, with videos that lie on a server on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.media_server import MediaServer
+from tests.support import Daemon
+
+FOLDER = Path(__file__).with_name("youtube_on_loopback")
+
+# Loopback is allowed; what fails for the moment is tried again soon.
+SETTINGS: dict[str, Any] = {"fetch_allow_private": True, "fetch_backoff_s": 0.05}
+
+
+def environment(server: MediaServer) -> dict[str, str]:
+    """Return the variables with which yt-dlp finds `ID` as `/ID.wav` on the server."""
+    return {"PYTHONPATH": str(FOLDER), "TEST_YOUTUBE": server.url("").rstrip("/")}
+
+
+class YouTubeDaemon(Daemon):
+    """A daemon whose videos come from a server on loopback."""
+
+    def __init__(self, server: MediaServer, **settings: Any) -> None:
+        super().__init__(**SETTINGS | settings)
+        self._server = server
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | environment(self._server)
