@@ -13,7 +13,7 @@ import tempfile
 import time
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,27 @@ def write_noise(path: Path, seconds: float) -> Path:
         file.setframerate(16_000)
         file.writeframes(rng.integers(-3000, 3000, int(seconds * 16_000), dtype=np.int16).tobytes())
     return path
+
+
+# --- disks ---
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Mount an empty file system of `size` (such as "24m") on `folder` for a `with` block. Needs root."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
 
 
 # --- whole daemons ---

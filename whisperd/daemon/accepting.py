@@ -74,4 +74,4 @@ def accept(
         fail(error)
 
     store = house.ledger.store
-    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)

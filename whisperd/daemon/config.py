@@ -137,6 +137,16 @@ class Config:
     min_free_bytes: int = _setting(
         512 * 2**20, "Free disk space below which a submit is refused as `storage_full`.", low=0
     )
+    ballast_bytes: int = _setting(
+        8 * 2**20,
+        "Size of a file that only takes room. On a full disk it is deleted, so that jobs can still be cancelled, "
+        "forgotten and ended; it is made again when twice as much is free. 0 does without.",
+        low=0,
+    )
+    disk_check_s: float = _setting(5.0, "How often the free room is looked at, in seconds.", low=0.1)
+    full_disk_pause_s: float = _setting(
+        10.0, "Seconds that decoding and downloads pause after they met a full disk, before they try again.", low=0.1
+    )
     spool_bytes_per_user: int = _setting(
         64 * 2**30,
         "Bytes of one user's audio on the disk, that of failed and cancelled jobs included (admins exempt).",

@@ -13,6 +13,7 @@ from whisperd import __version__
 from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
+from whisperd.daemon.disk import Disk
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
@@ -35,7 +36,6 @@ from whisperd.protocol.jobs import Priority
 log = logging.getLogger("whisperd")
 
 _HOUSEKEEPING_S = 60.0
-_DISK_LOOK_S = 5.0
 
 
 class House:
@@ -47,7 +47,6 @@ class House:
         self.stopping = False
         self.connections: Callable[[], int] = lambda: 0  # the server's count, once there is a server
         self._admins = admin_uids(config)
-        self.free_bytes = 0  # of the spool's disk, looked at by the store thread
         store = Store(
             Retention(
                 jobs_s=config.retention_days * DAY_S,
@@ -75,6 +74,7 @@ class House:
             lambda freed: self._pool("decoder", config.decoders, config.decode_timeout_s, env, freed),
             self.ledger,
             loop,
+            config.full_disk_pause_s,
         )
         self.modelling = ModelLane(loop, config, self.ledger, env)
         self.fetching = FetchLane(
@@ -84,6 +84,7 @@ class House:
             config,
             lambda: self.modelling.identity,
         )
+        self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.ledger.changed = self._changed
 
@@ -135,7 +136,7 @@ class House:
         try:
             live, named = self.database.run(lambda db: self.ledger.store.recover(db, now))
             spool.start(named)
-            self.free_bytes = spool.free_bytes()
+            self.disk.prepare()
         except (sqlite3.Error, OSError) as error:
             raise StateError(
                 f"the state in {self.config.state_dir} cannot be worked with: {error}. Check who owns it, and how much "
@@ -156,7 +157,7 @@ class House:
         self.modelling.load()
         self._changed(Change())
         self._housekeep()
-        self._look_at_disk()
+        self.disk.look()
         self.loop.call_later(self.config.attach_grace_s, self._drop_unheld)
 
     def stop(self) -> None:
@@ -189,24 +190,6 @@ class House:
         store = self.ledger.store
         later = lambda error: self.loop.call_later(_HOUSEKEEPING_S, self._housekeep)  # noqa: E731
         self.ledger.commit(lambda db, now: store.housekeep(db, now), then, later)
-
-    def _look_at_disk(self) -> None:
-        spool = self.ledger.spool
-
-        def look(db: object, now: float) -> int:
-            try:
-                spool.make()
-                return spool.free_bytes()
-            except OSError as error:
-                log.error("the spool cannot be used error=%s", error)
-                return 0
-
-        def then(free_bytes: int) -> None:
-            self.free_bytes = free_bytes
-            self.loop.call_later(_DISK_LOOK_S, self._look_at_disk)
-
-        again = lambda error: self.loop.call_later(_DISK_LOOK_S, self._look_at_disk)  # noqa: E731
-        self.ledger.read(look, then, again)
 
     def _drop_unheld(self) -> None:
         """After a restart: cancel the attached jobs whose holders did not come back."""
@@ -263,12 +246,14 @@ class House:
 
         `stored_bytes` is what the store knows of this user's audio (`Store.spool_bytes`).
         """
+        self.disk.refuse_when_full()
         applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
-        check_admission(self.config, applicant, self.waiting(), self.free_bytes)
+        check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes)
 
     def admit_more(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
         """Raise what refuses so many more bytes of an upload that was admitted without its size."""
-        check_room(self.config, self._applicant(uid, priority, size_bytes, stored_bytes), self.free_bytes)
+        self.disk.refuse_when_full()
+        check_room(self.config, self._applicant(uid, priority, size_bytes, stored_bytes), self.disk.free_bytes)
 
     def _applicant(self, uid: int, priority: Priority, size_bytes: int, stored_bytes: int) -> Applicant:
         return Applicant(
@@ -282,15 +267,13 @@ class House:
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do."""
         pools = (self.copying.pool.problem, self.receiving.pool.problem)
-        found = [*pools, self.fetching.problem, self.decoding.problem]
+        found = [self.disk.problem, *pools, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
         if self.modelling.paused:
             found.append("an administrator has paused the queue: `whisperctl resume` goes on")
         elif self.modelling.held and not self.stopping:
             found.append("an administrator has unloaded the model: `whisperctl model load` loads it again")
-        if self.free_bytes < self.config.min_free_bytes:
-            found.append(f"{self.config.state_dir} is nearly full: submits are refused until there is room")
         return [problem for problem in found if problem]
 
     def status(self) -> str:

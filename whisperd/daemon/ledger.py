@@ -51,13 +51,23 @@ class Ledger:
         self.clock = clock
         self.changed: Callable[[Change], None] = lambda change: None  # the lanes' call, set when they are there
 
+    @property
+    def full(self) -> bool:
+        """The disk was full and its ballast is in use: what is there goes on, and nothing is begun that takes room."""
+        return self._database.ballast.missing
+
     def commit(
         self,
         call: StoreCall[Change],
         then: Callable[[Change], None] = lambda change: None,
         failed: Callable[[WhisperdError], object] | None = None,
+        *,
+        new_work: bool = False,
     ) -> None:
-        """Run a store call; `then` gets its change once it is durable and told, `failed` the error otherwise."""
+        """Run a store call; `then` gets its change once it is durable and told, `failed` the error otherwise.
+
+        `new_work` is what a full disk refuses (`Database.call`).
+        """
 
         def committed(change: Change) -> None:
             self.board.apply(change)
@@ -68,7 +78,7 @@ class Ledger:
             self.changed(change)
             then(change)
 
-        self.read(call, committed, failed)
+        self._call(call, committed, failed, new_work=new_work)
 
     def read(
         self,
@@ -77,6 +87,16 @@ class Ledger:
         failed: Callable[[WhisperdError], object] | None = None,
     ) -> None:
         """Run a call that changes nothing, in order with those that do."""
+        self._call(call, then, failed)
+
+    def _call(
+        self,
+        call: StoreCall[T],
+        then: Callable[[T], None],
+        failed: Callable[[WhisperdError], object] | None,
+        *,
+        new_work: bool = False,
+    ) -> None:
 
         def done(outcome: Any) -> None:
             if not isinstance(outcome, Exception):
@@ -90,7 +110,7 @@ class Ledger:
             else:
                 failed(error)
 
-        self._database.call(lambda db: call(db, self.clock()), done)
+        self._database.call(lambda db: call(db, self.clock()), done, new_work=new_work)
 
     def _note(self, change: Change) -> None:
         jobs = {job.id: job for job in change.jobs}

@@ -27,6 +27,7 @@ from whisperd.daemon.listener import Listener, SocketTakenError, inherited_liste
 from whisperd.daemon.loop import READ, Loop
 from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
+from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database, StateError
 from whisperd.protocol import logs
 from whisperd.protocol.errors import ErrorCode
@@ -167,7 +168,10 @@ class _Daemon:
     def run(self) -> int:
         config, loop = self._config, self._loop
         database = Database(
-            config.state_dir / "whisperd.sqlite3", deliver=loop.call_soon_threadsafe, failed=self._storage_failed
+            config.state_dir / "whisperd.sqlite3",
+            ballast=Ballast(config.state_dir / "ballast", config.ballast_bytes),
+            deliver=loop.call_soon_threadsafe,
+            failed=self._storage_failed,
         )
         self._house = house = House(loop, config, database)
         house.recover()

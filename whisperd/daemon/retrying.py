@@ -58,6 +58,8 @@ def retry(
             house.accepting[place] -= 1
             fail(error)
 
-        house.ledger.commit(lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key), done, refused)
+        house.ledger.commit(
+            lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key), done, refused, new_work=True
+        )
 
     house.ledger.read(look, admit, fail)

@@ -46,11 +46,6 @@ class Spool:
         """Delete a folder soon, with its unfinished twin. One that is not there is no error."""
         self._doomed.put(folder)
 
-    def free_bytes(self) -> int:
-        """Return how many bytes are free for us on the spool's file system."""
-        status = os.statvfs(self.path)
-        return status.f_bavail * status.f_frsize
-
     def used_bytes(self) -> int:
         """Return what the spool's files take on disk. Walks the folders: not for the loop."""
         total = 0

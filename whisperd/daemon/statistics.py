@@ -101,7 +101,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "cache_hits": metrics.cache_hits,
         "spool_bytes": disk["spool_bytes"],
         "database_bytes": disk["database_bytes"],
-        "free_bytes": house.free_bytes,
+        "free_bytes": house.disk.free_bytes,
         "min_free_bytes": config.min_free_bytes,
         "connections": house.connections(),
         "daemon": {

@@ -77,4 +77,4 @@ def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, 
         fail(error)
 
     store = house.ledger.store
-    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused)
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)

@@ -19,16 +19,18 @@ log = logging.getLogger("whisperd.lanes")
 
 # Background runs decoded and waiting: enough to keep the model busy, without a thousand recordings as PCM on disk.
 DECODE_AHEAD = 8
-_FULL_DISK_PAUSE_S = 10.0
 
 
 class DecodeLane:
     """Decodes queued runs by priority and in turns."""
 
-    def __init__(self, make_pool: Callable[[Callable[[], None]], Pool], ledger: Ledger, loop: Loop) -> None:
+    def __init__(
+        self, make_pool: Callable[[Callable[[], None]], Pool], ledger: Ledger, loop: Loop, full_disk_pause_s: float
+    ) -> None:
         self.pool = make_pool(self.pump)
         self._ledger = ledger
         self._loop = loop
+        self._full_disk_pause_s = full_disk_pause_s
         self._turns = Turns()
         self._generations = itertools.count(1)
         self._active: dict[int, str] = {}  # run → its folder: a retried run has the folder of the one before it
@@ -58,7 +60,7 @@ class DecodeLane:
 
     def pump(self) -> None:
         """Start what may start."""
-        while not self._paused:
+        while not self._paused and not self._ledger.full:
             waiting = self._ledger.board.waiting(self._candidates())
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=self.pool.busy)
             if chosen is None:
@@ -148,7 +150,7 @@ class DecodeLane:
         if not self._paused:
             log.warning("decode lane paused: the disk is full")
             self._paused = True
-            self._loop.call_later(_FULL_DISK_PAUSE_S, self._go_on)
+            self._loop.call_later(self._full_disk_pause_s, self._go_on)
 
     def _go_on(self) -> None:
         log.info("decode lane goes on")

@@ -24,7 +24,6 @@ from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.lanes")
 
-_FULL_DISK_REST_S = 10.0
 _TRY_AGAIN_S = 1.0
 _BACKOFF_FACTOR = 3
 
@@ -101,7 +100,7 @@ class FetchLane:
 
     def pump(self) -> None:
         """Start what may start."""
-        while self._rest is None and not self._stopping:
+        while self._rest is None and not self._stopping and not self._ledger.full:
             waiting = self._ledger.board.waiting(self._candidates())
             busy = dict.fromkeys(Priority, 0) | Counter(self._active.values())
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=busy)
@@ -142,9 +141,9 @@ class FetchLane:
 
         def failed(error: WhisperdError) -> None:
             self._active.pop(run_id, None)
-            self._rest_for(_FULL_DISK_REST_S, error.message)
+            self._rest_for(self._config.full_disk_pause_s, error.message)
 
-        self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed)
+        self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed, new_work=True)
 
     def _hand_out(self, live: LiveRun, folder: str, priority: Priority) -> None:
         row, generation = live.row, next(self._generations)
@@ -214,7 +213,7 @@ class FetchLane:
         if not message.transient:
             self._settle(run_id, lambda db, now: store.fail(db, run_id, error, now), "failed")
         elif message.code == ErrorCode.STORAGE_FULL:
-            self._rest_for(_FULL_DISK_REST_S, message.message)
+            self._rest_for(self._config.full_disk_pause_s, message.message)
             self._settle(
                 run_id,
                 lambda db, now: store.fetch_failed(db, run_id, error, now, counts=False),

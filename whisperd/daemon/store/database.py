@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from whisperd.daemon.store.ballast import Ballast, refuses_for_want_of_room
 from whisperd.daemon.store.migrations import MIGRATIONS
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
@@ -28,8 +29,12 @@ Outcome = Any  # what the call returned, or the exception it raised
 
 _MAX_BATCH = 64
 _STOP_S = 1.0  # what the last commits may take when the daemon stops
-# What a full disk looks like: SQLITE_FULL on a file system, SQLITE_IOERR_WRITE under RLIMIT_FSIZE or a quota.
-_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}
+# What a full disk looks like: the second where the write-ahead log's index has to grow.
+_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
+_NEEDED_TO_OPEN_BYTES = 2**20  # the log, its index, and what a start-up changes
+# Commits after which the log is folded into the database. By ourselves and not by SQLite's own habit, because that one
+# passes over errors: an fsync that failed would be tried again, and succeed with the pages already dropped.
+_CHECKPOINT_EVERY = 100
 
 
 class StateError(Exception):
@@ -40,6 +45,7 @@ class StateError(Exception):
 class _Call:
     function: Callable[[sqlite3.Connection], Any]
     done: Callable[[Outcome], None]
+    new_work: bool
     outcome: Outcome = None
 
 
@@ -53,6 +59,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise StateError(
@@ -96,9 +103,13 @@ class Database:
         *,
         deliver: Callable[[Callable[[], None]], None],
         failed: Callable[[str], None],
+        ballast: Ballast | None = None,
     ) -> None:
         self.path = path
+        self.ballast = ballast or Ballast(path.with_name("ballast"), 0)
+        self.ballast.drop_if_full(_NEEDED_TO_OPEN_BYTES)
         self.connection = open_database(path)
+        self._commits = 0  # since the last checkpoint
         self._deliver = deliver
         self._failed = failed
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -110,12 +121,25 @@ class Database:
 
     def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run one function in a transaction of its own, in the caller's thread, before `start`."""
+        try:
+            with self._transaction():
+                return function(self.connection)
+        except sqlite3.OperationalError as error:
+            if not self._means_full(error):
+                raise
+        self._make_room()
         with self._transaction():
             return function(self.connection)
 
-    def call(self, function: Callable[[sqlite3.Connection], T], done: Callable[[Outcome], None]) -> None:
-        """Run `function` in the store thread; after the commit `done` gets, in the loop, what it returned or raised."""
-        self._calls.put(_Call(function, done))
+    def call(
+        self, function: Callable[[sqlite3.Connection], T], done: Callable[[Outcome], None], *, new_work: bool = False
+    ) -> None:
+        """Run `function` in the store thread; after the commit `done` gets, in the loop, what it returned or raised.
+
+        `new_work` is refused on a full disk, as `storage_full`, if it changes anything. Everything else gets the
+        ballast's room: it ends work, or records what has been done.
+        """
+        self._calls.put(_Call(function, done, new_work))
 
     def stop(self) -> None:
         """Finish what was handed over, fold the log into the database and close.
@@ -159,6 +183,9 @@ class Database:
             try:
                 while not self._commit(batch):
                     log.warning("another program holds the database: whisperd waits for it path=%s", self.path)
+                self._commits += 1
+                if self._commits >= _CHECKPOINT_EVERY:
+                    self._checkpoint()
             except sqlite3.Error as error:
                 log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
                 self._deliver(lambda reason=str(error): self._failed(reason))  # type: ignore[misc]
@@ -180,28 +207,70 @@ class Database:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
                 return False
-            if error.sqlite_errorcode not in _FULL:
+            if not self._means_full(error):
                 raise
             for call in batch:
                 self._commit_alone(call)
         return True
 
     def _commit_alone(self, call: _Call) -> None:
+        if self._committed(call):
+            return
+        if not call.new_work:
+            self._make_room()
+            if self._committed(call):
+                return
+        call.outcome = self._full()
+
+    def _committed(self, call: _Call) -> bool:
+        """Run a call in a transaction of its own; return False when the disk is too full for that."""
         try:
             with self._transaction():
                 self._run_in_savepoint(call)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode not in _FULL:
+            if not self._means_full(error):
                 raise
-            call.outcome = WhisperdError(
-                ErrorCode.STORAGE_FULL, f"the disk that holds {self.path.parent} is full: make room and try again"
-            )
+            return False
+        return True
+
+    def _make_room(self) -> None:
+        """Drop the ballast, and fold the log into the database: its own blocks can then be written again.
+
+        The second is what counts where somebody else is quicker and fills the dropped room.
+        """
+        self.ballast.drop()
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Fold the log into the database. A full disk leaves it as it is; raises other `sqlite3.Error`."""
+        self._commits = 0
+        try:
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.OperationalError as error:
+            if not self._means_full(error):
+                raise
+
+    def _means_full(self, error: sqlite3.OperationalError) -> bool:
+        """Under RLIMIT_FSIZE or a quota SQLite says what it also says of a broken disk: then a write of ours tells."""
+        if error.sqlite_errorcode != sqlite3.SQLITE_IOERR_WRITE:
+            return error.sqlite_errorcode in _FULL
+        log_path = self.path.with_name(f"{self.path.name}-wal")
+        return refuses_for_want_of_room(self.path.with_name("probe"), at_bytes=log_path.stat().st_size)
+
+    def _full(self) -> WhisperdError:
+        return WhisperdError(
+            ErrorCode.STORAGE_FULL, f"the disk that holds {self.path.parent} is full: make room and try again"
+        )
 
     def _run_in_savepoint(self, call: _Call) -> None:
         execute = self.connection.execute
         execute("SAVEPOINT call")
+        changes = self.connection.total_changes
         try:
             call.outcome = call.function(self.connection)
+            # A submit that finds its job by its key changes nothing, and is answered also now.
+            if call.new_work and self.ballast.missing and self.connection.total_changes != changes:
+                raise self._full()
         except sqlite3.Error:
             raise
         except Exception as error:

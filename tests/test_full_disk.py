@@ -1,0 +1,166 @@
+"""Whole daemons on a disk that is really full: what is there goes on, new work waits, and all goes on by itself."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import Daemon, RawClient, error_of, fill, requires_root, small_disk, submit, wait_until
+from whisperd.daemon.store.ballast import Ballast
+from whisperd.daemon.store.database import Database
+
+NO_MODEL = "/nowhere/model.pt"
+TINY: dict[str, Any] = {"min_free_bytes": 0, "disk_check_s": 0.2, "full_disk_pause_s": 0.5, "log_level": "warning"}
+
+pytestmark = requires_root
+
+
+@pytest.fixture
+def tiny(make_daemon: Callable[..., Daemon]) -> Iterator[Callable[..., Daemon]]:
+    """A function that prepares a daemon whose state lies on a disk of 24 MiB."""
+    mounts = []
+
+    def make(**settings: Any) -> Daemon:
+        daemon = make_daemon(**TINY | settings)
+        mount = small_disk(daemon.state_dir, "24m")
+        mount.__enter__()
+        mounts.append(mount)
+        return daemon
+
+    yield make
+    for mount in mounts:
+        mount.__exit__(None, None, None)
+
+
+def ballast(daemon: Daemon) -> Path:
+    return daemon.state_dir / "ballast"
+
+
+def filler(daemon: Daemon) -> Path:
+    """A file that takes all the room there is."""
+    path = daemon.state_dir / "fill"
+    fill(path)
+    return path
+
+
+def full(client: RawClient) -> bool:
+    return any("is full" in problem for problem in client.call("health")["problems"])
+
+
+def test_a_full_disk_refuses_new_work_and_nothing_else(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = tiny(model=NO_MODEL)
+    daemon.start()
+    assert ballast(daemon).stat().st_blocks * 512 == 8 * 2**20, "real blocks, not a hole"
+    with daemon.client() as client:
+        jobs = [submit(client, recording(), key=f"k{n}") for n in range(3)]
+        for job in jobs:
+            wait_until(lambda job=job: client.call("result", job=job["id"])["job"]["audio_s"])
+        rubbish = filler(daemon)
+        assert error_of(lambda: submit(client, recording())) == "storage_full"
+        # A `cancel` and a `forget` write; the ballast makes room for them.
+        for job in jobs[:2]:
+            assert client.call("cancel", job=job["id"])["job"]["state"] == "cancelled"
+            fill(rubbish.with_name(f"more-{job['id']}"))  # somebody who takes every block that becomes free
+        assert client.call("forget", job=jobs[0]["id"])["job"]["id"] == jobs[0]["id"]
+        assert not ballast(daemon).exists()
+        wait_until(lambda: full(client))
+        assert error_of(lambda: submit(client, recording())) == "storage_full"
+        assert [job["id"] for job in client.call("jobs")["jobs"]] == [jobs[2]["id"], jobs[1]["id"]]
+        for path in daemon.state_dir.glob("more-*"):
+            path.unlink()
+        rubbish.unlink()
+        wait_until(lambda: ballast(daemon).exists() and not full(client))
+        assert submit(client, recording())["state"] == "queued"
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
+
+
+def test_a_full_disk_can_be_tidied_for_ever(tmp_path: Path) -> None:
+    """More commits than ballast and log have room for: the log is folded, and its own blocks are written again."""
+    folder = tmp_path / "disk"
+    with small_disk(folder, "6m"):
+        ballast = Ballast(folder / "ballast", 2**20)
+        ballast.make()
+        database = Database(folder / "db", ballast=ballast, deliver=lambda call: call(), failed=pytest.fail)
+        database.start()
+
+        def run(sql: str) -> list[Any]:
+            outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            database.call(lambda db: db.execute(sql).fetchall(), outcomes.put)
+            outcome = outcomes.get(timeout=30)
+            assert isinstance(outcome, list), outcome
+            return outcome
+
+        run("CREATE TABLE things (id INTEGER PRIMARY KEY, size BLOB)")
+        for _ in range(500):
+            run("INSERT INTO things (size) VALUES (zeroblob(2000))")
+        fill(folder / "fill")
+        for number in range(1, 501):
+            run(f"DELETE FROM things WHERE id = {number}")
+            fill(folder / f"more-{number}")  # somebody who takes every block that becomes free
+        assert ballast.missing
+        assert run("SELECT count(*) FROM things") == [(0,)]
+        database.stop()
+
+
+def test_a_full_disk_delays_and_loses_nothing(
+    tiny: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = tiny(model=str(micro))
+    daemon.start(ready=True)
+    with daemon.client() as client:
+        job = submit(client, recording(100))
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+        filler(daemon)
+        transcript = client.result(job["id"])["transcript"]  # its audio makes room as it goes
+        assert transcript["segments"]
+        number = client.send("subscribe", job=job["id"])
+        assert client.reply(number)["ok"]
+        told = []
+        while (event := client.receive())["event"] != "end":
+            told += [event["segment"]["text"]] if event["event"] == "segment" else []
+        assert told == [segment["text"] for segment in transcript["segments"]]
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
+
+
+def test_decoding_pauses_on_a_full_disk_and_goes_on_by_itself(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = tiny(model=NO_MODEL, ballast_bytes=0)
+    daemon.start()
+    with daemon.client() as client:
+        rubbish = daemon.state_dir / "fill"
+        rubbish.write_bytes(b"x" * 14 * 2**20)
+        job = submit(client, recording(180))  # 6 MB, and as much again once it is decoded
+        wait_until(lambda: any("decoding waits" in problem for problem in client.call("health")["problems"]))
+        assert client.call("result", job=job["id"])["job"]["state"] == "queued"
+        rubbish.unlink()
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
+        assert client.call("result", job=job["id"])["job"]["attempts"] == 0
+        assert not list(daemon.state_dir.glob("spool/*/*.partial"))
+
+
+def test_a_daemon_starts_on_a_full_disk_and_is_tidied_there(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = tiny(model=NO_MODEL)
+    daemon.start()
+    with daemon.client() as client:
+        job = submit(client, recording())
+    assert daemon.stop() == 0
+    filler(daemon)
+    daemon.start()
+    with daemon.client() as client:
+        assert full(client)
+        assert error_of(lambda: submit(client, recording())) == "storage_full"
+        assert client.call("cancel", job=job["id"])["job"]["state"] == "cancelled"
+        assert client.call("forget", job=job["id"])
+        assert client.call("jobs")["jobs"] == []
+        assert client.call("health")["status"] == "degraded"

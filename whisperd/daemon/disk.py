@@ -1,0 +1,79 @@
+"""What is known of the disk that holds the state. The store thread looks, so that a disk that hangs stops nobody."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from whisperd.daemon.config import Config
+from whisperd.daemon.ledger import Ledger
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.store.ballast import Ballast, free_bytes
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+log = logging.getLogger("whisperd.disk")
+
+
+class Disk:
+    """Free room and the ballast. `roomy` is called when the disk was full and is not any more."""
+
+    def __init__(
+        self, loop: Loop, config: Config, ledger: Ledger, ballast: Ballast, roomy: Callable[[], object]
+    ) -> None:
+        self._loop, self._config, self._ledger, self._ballast, self._roomy = loop, config, ledger, ballast, roomy
+        self._was_full = False
+        self.free_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """The ballast is in use (or could never be made): no new work is taken, what is there goes on."""
+        return self._ledger.full
+
+    @property
+    def problem(self) -> str | None:
+        """What `health` says of it."""
+        if self.full:
+            return (
+                f"the disk of {self._config.state_dir} is full: new work is refused and no download or decoding is "
+                f"begun until {2 * self._config.ballast_bytes} bytes are free; make room"
+            )
+        if self.free_bytes < self._config.min_free_bytes:
+            return f"{self._config.state_dir} is nearly full: submits are refused until there is room"
+        return None
+
+    def prepare(self) -> None:
+        """Look for the first time, before the loop runs. Raises `OSError`."""
+        self._ballast.make()
+        self.free_bytes = free_bytes(self._config.state_dir)
+        self._was_full = self.full
+
+    def refuse_when_full(self) -> None:
+        """Raise `storage_full` while no new work can be taken."""
+        if self.full:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL,
+                f"the disk that holds {self._config.state_dir} is full: make room and submit again",
+            )
+
+    def look(self) -> None:
+        """Look now, and again every `disk_check_s` seconds: who makes room tells nobody."""
+        spool, ballast = self._ledger.spool, self._ballast
+
+        def look(db: object, now: float) -> int:
+            try:
+                spool.make()
+                ballast.make()
+                return free_bytes(self._config.state_dir)
+            except OSError as error:
+                log.error("the state folder cannot be used error=%r", error)
+                return 0
+
+        def then(found_bytes: int) -> None:
+            self.free_bytes = found_bytes
+            self._loop.call_later(self._config.disk_check_s, self.look)
+            was_full, self._was_full = self._was_full, self.full
+            if was_full and not self.full:
+                log.info("the disk has room again free_bytes=%d", found_bytes)
+                self._roomy()
+
+        self._ledger.read(look, then, lambda error: self._loop.call_later(self._config.disk_check_s, self.look))
