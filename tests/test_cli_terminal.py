@@ -24,7 +24,8 @@ from tests.peer import Peer
 class Terminal:
     """whisperctl on a pseudo-terminal; `screen` is what stands there, `bytes` all that was written."""
 
-    def __init__(self, peer: Peer, *arguments: str, columns: int = 80, **environ: str) -> None:
+    def __init__(self, peer: Peer | Path, *arguments: str, columns: int = 80, **environ: str) -> None:
+        socket = peer if isinstance(peer, Path) else peer.path
         self.bytes = b""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -34,7 +35,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env={"PATH": os.environ["PATH"], "WHISPERD_SOCKET": str(peer.path), "LANG": "C.UTF-8", "TERM": "xterm"}
+            env={"PATH": os.environ["PATH"], "WHISPERD_SOCKET": str(socket), "LANG": "C.UTF-8", "TERM": "xterm"}
             | environ,
         )
         os.close(slave)

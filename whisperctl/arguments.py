@@ -10,6 +10,7 @@ from typing import Any
 from whisperctl.client import Client
 from whisperctl.errors import SourceUnreadable
 from whisperctl.render import source_label
+from whisperctl.uploading import Progress
 from whisperd.protocol.jobs import Job
 from whisperd.protocol.messages import VIDEO_ID
 
@@ -43,7 +44,7 @@ class Argument:
         """True for an id that is the name of a file here, too."""
         return self.kind == "video" and Path(self.text).exists()
 
-    def submit(self, client: Client, **request: Any) -> Job:
+    def submit(self, client: Client, *, on_upload: Progress, **request: Any) -> Job:
         """Submit it; raises as `Client.submit` does."""
         match self.kind:
             case "video":
@@ -52,8 +53,8 @@ class Argument:
                 return client.submit_url(self.text, **request)
             case "stdin":
                 # A duplicate, so that Python's own buffered object of standard input is never built or closed.
-                return client.submit(0, name="stdin", **request)
-        return client.submit(self.text, **request)
+                return client.submit(0, name="stdin", on_upload=on_upload, **request)
+        return client.submit(self.text, on_upload=on_upload, **request)
 
 
 def parse_argument(text: str) -> Argument:

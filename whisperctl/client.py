@@ -11,10 +11,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from whisperctl.connection import Connection, seconds_left
-from whisperctl.errors import JobTimeout
+from whisperctl.errors import BadRequest, JobTimeout
 from whisperctl.link import Link
 from whisperctl.results import Event, Result, Segment, Transcript
 from whisperctl.sources import OpenSource, Source, open_source
+from whisperctl.uploading import Progress, upload, upload_source
+from whisperd.protocol.channel import Channel
+from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.jobs import Job, JobState, Priority
 from whisperd.protocol.messages import MAX_JOBS_LIMIT
 
@@ -24,10 +27,25 @@ _ANSWER_S = 10.0  # for a reply to travel, on top of what the daemon was asked t
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
-    """An attached job: submitted again, by its key, on every new connection, so that the daemon keeps it."""
+    """An attached job: submitted again, by its key, on every new connection, so that the daemon keeps it.
+
+    `channel` is the connection that an upload came by: until another one, it is the holder.
+    """
 
     params: Mapping[str, Any]
     opened: OpenSource | None
+    channel: Channel | None
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What goes along with the submit."""
+        return [] if self.opened is None or self.channel is not None else [self.opened.fd]
+
+    def close(self) -> None:
+        """Let go: the job may end."""
+        for held in (self.opened, self.channel):
+            if held is not None:
+                held.close()
 
 
 class Client:
@@ -91,17 +109,20 @@ class Client:
         fresh: bool = False,
         name: str | None = None,
         timeout_s: float | None = None,
+        on_upload: Progress = lambda sent_bytes, size_bytes: None,
         **options: Any,
     ) -> Job:
         """Hand over a recording and return its job, once the daemon has it safe on its own disk.
 
         `key` makes a repeated submit the same job (without one, a random key serves this call). `attached` ties the
         job to this client: it is cancelled when the client goes. `fresh` computes anew what is known already.
+        Where no descriptor gets through to the daemon (a forwarded socket) the bytes are sent, and `on_upload` is
+        called with how many have arrived, and of how many (None: not known).
         Raises `SourceUnreadable`, `QueueFull`, `StorageFull`, `BadRequest`, and `JobTimeout` after `timeout_s`.
         """
         opened = open_source(source, name=name)
         params = _submit_params({"kind": "fd", "name": opened.name}, priority, key, attached, fresh, options)
-        return self._submit(params, opened, timeout_s)
+        return self._submit(params, opened, timeout_s, on_upload)
 
     def submit_video(
         self,
@@ -254,8 +275,7 @@ class Client:
         with self._holds_lock:
             holds, self._holds = self._holds, {}
         for hold in holds.values():
-            if hold.opened is not None:
-                hold.opened.close()
+            hold.close()
 
     def __enter__(self) -> Self:
         return self
@@ -265,16 +285,32 @@ class Client:
     ) -> None:
         self.close()
 
-    def _submit(self, params: dict[str, Any], opened: OpenSource | None, timeout_s: float | None) -> Job:
+    def _submit(
+        self,
+        params: dict[str, Any],
+        opened: OpenSource | None,
+        timeout_s: float | None,
+        on_upload: Progress = lambda sent_bytes, size_bytes: None,
+    ) -> Job:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        hold = _Hold(params, opened, None)
         held = False
         try:
             descriptors = [] if opened is None else [opened.fd]
-            reply = self._link.call("submit", params, descriptors, waits=True, timeout_s=timeout_s)
+            try:
+                reply = self._link.call("submit", params, descriptors, waits=True, timeout_s=timeout_s)
+            except BadRequest as error:
+                if opened is None or error.code != ErrorCode.NO_DESCRIPTOR:
+                    raise
+                # What carries the bytes to the daemon carries no descriptors.
+                params = params | {"source": upload_source(opened)}
+                reply, channel = upload(self._link, params, opened, deadline=deadline, progress=on_upload)
+                hold = _Hold(params, opened, channel)
             job = Job.from_wire(reply["job"])
             if params["attached"] and not job.ended:
                 with self._holds_lock:
                     held = job.id not in self._holds
-                    self._holds.setdefault(job.id, _Hold(params, opened))
+                    self._holds.setdefault(job.id, hold)
             return job
         except TimeoutError:
             raise JobTimeout(
@@ -284,19 +320,19 @@ class Client:
                 key=params["key"],
             ) from None
         finally:
-            if opened is not None and not held:
-                opened.close()
+            if not held:
+                hold.close()
 
     def _hold_again(self, connection: Connection) -> None:
         with self._holds_lock:
             for hold in self._holds.values():
-                connection.post("submit", hold.params, [] if hold.opened is None else [hold.opened.fd])
+                connection.post("submit", hold.params, hold.descriptors)
 
     def _release(self, job_id: int) -> None:
         with self._holds_lock:
             hold = self._holds.pop(job_id, None)
-        if hold is not None and hold.opened is not None:
-            hold.opened.close()
+        if hold is not None:
+            hold.close()
 
 
 def _submit_params(

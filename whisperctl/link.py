@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from whisperctl.connection import Connection, ConnectionLost, open_channel, seconds_left
 from whisperctl.discovery import candidates, connect
@@ -15,6 +15,8 @@ from whisperctl.errors import DaemonUnreachable, refusal
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import FrameError
+
+T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -126,7 +128,7 @@ class Link:
             try:
                 channel.send({"id": 1, "op": "subscribe", "params": {"job": job_id, "after_seq": after_seq}})
                 while True:
-                    message, _ = channel.receive(_positive(seconds_left(deadline)))
+                    message, _ = channel.receive(positive(seconds_left(deadline)))
                     if "event" not in message:
                         if not message.get("ok"):
                             raise refusal(message.get("error") or {})
@@ -145,6 +147,43 @@ class Link:
                 patience.pause_or_raise(error)
             finally:
                 channel.close()
+
+    def converse(
+        self, talk: Callable[[Channel, Callable[[], None]], T], *, deadline: float | None = None
+    ) -> tuple[T, Channel]:
+        """Return what `talk(channel, answered)` returns, and its connection, which is its own; the caller closes it.
+
+        When that connection breaks, `talk` is called anew with another one. It calls `answered` whenever the daemon has
+        answered. Raises `TimeoutError` at the deadline, and what `talk` raises.
+        """
+        patience = self._patience(self._reconnect_s, deadline)
+
+        def answered() -> None:
+            self.check_usable()
+            patience.over()
+
+        while True:
+            try:
+                channel = self._channel()
+            except DaemonUnreachable as error:
+                patience.pause_or_raise(error, hopeless=not self._met)
+                continue
+            try:
+                return talk(channel, answered), channel
+            except TimeoutError:
+                channel.close()
+                raise
+            except (EOFError, OSError, FrameError):
+                channel.close()
+                patience.pause_or_raise(_gone(self.path))
+            except WhisperdError as error:
+                channel.close()
+                if error.code != ErrorCode.STOPPING:
+                    raise
+                patience.pause_or_raise(error)
+            except BaseException:
+                channel.close()
+                raise
 
     def close(self) -> None:
         """End the connection and whatever waits on it."""
@@ -247,6 +286,6 @@ def _gone(path: str) -> DaemonUnreachable:
     )
 
 
-def _positive(seconds: float | None) -> float | None:
-    # A timeout of 0 would make the socket non-blocking, and "nothing yet" another exception.
+def positive(seconds: float | None) -> float | None:
+    """Return a timeout that a socket takes: 0 would make it non-blocking, and "nothing yet" another exception."""
     return None if seconds is None else max(seconds, 0.001)

@@ -113,7 +113,12 @@ def _submit(
             shell.screen.note(f"{argument.text} is taken for a YouTube id; for the file write ./{argument.text}")
         try:
             job = argument.submit(
-                shell.client, priority=priority, attached=attached, fresh=request.fresh, **request.options
+                shell.client,
+                on_upload=_showing_upload(shell, prefix, argument),
+                priority=priority,
+                attached=attached,
+                fresh=request.fresh,
+                **request.options,
             )
         except WhisperdError as error:
             alone = len(arguments) == 1 or isinstance(error, SourceUnreadable)  # that one names the source itself
@@ -129,6 +134,14 @@ def _submit(
         took(argument, job)
     shell.screen.status("")
     return worst
+
+
+def _showing_upload(shell: Shell, prefix: str, argument: Argument) -> Callable[[int, int | None], None]:
+    def show(sent_bytes: int, size_bytes: int | None) -> None:
+        how_far = f", {100 * sent_bytes // size_bytes} %" if size_bytes else ""
+        shell.screen.status(f"{prefix}copying {argument.label} ({size(size_bytes or sent_bytes)}{how_far})")
+
+    return show
 
 
 def _handing_over(argument: Argument) -> str:
