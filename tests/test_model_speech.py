@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.support import requires_program, speak
-from whisperd.model.coverage import Coverage, Spoken, coverage_of, joined, length_s, without
+from whisperd.model.coverage import Coverage, coverage_of, joined, length_s, without
 from whisperd.model.fast import windows_of
-from whisperd.model.speech import CHUNK, SpeechDetector, Stretch, speech_in
+from whisperd.model.speech import CHUNK, SpeechDetector, SpeechTrack, Stretch, speech_in
 from whisperd.model.worker import Turn, Worker
 
 RATE = 16_000
@@ -28,7 +28,12 @@ def detector() -> SpeechDetector:
 
 
 def heard(detector: SpeechDetector, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    return detector.probabilities(
+    return listen(detector, samples).probabilities()
+
+
+def listen(detector: SpeechDetector, samples: NDArray[np.float32]) -> SpeechTrack:
+    return SpeechTrack(
+        detector,
         len(samples),
         lambda start, count: samples[start : start + count],
         worker=Worker("mel"),
@@ -62,8 +67,13 @@ def test_it_hears_what_the_package_hears(tmp_path: Path, detector: SpeechDetecto
     timestamps = get_speech_timestamps(torch.from_numpy(samples), package)
     speech = speech_in(found, len(samples))
     assert speech == [Stretch(start_s=one["start"] / RATE, end_s=one["end"] / RATE) for one in timestamps]
-    assert Spoken(speech).between(0, len(spoken) / RATE)
-    assert not Spoken(speech).between(len(spoken) / RATE + 2, len(spoken) / RATE + 30)
+    track, spoken_s = listen(detector, samples), len(spoken) / RATE
+    answers = [track.speaks_between(0, spoken_s), track.speaks_between(spoken_s + 2, spoken_s + 30)]
+    assert answers == [True, False]
+    assert len(listen(detector, samples).probabilities(1)) < len(found), "no more is computed than was asked for"
+    assert track.speaks_between(spoken_s + 30, 1e6)
+    assert not track.speaks_between(1e6, 1e6)
+    assert np.array_equal(track.probabilities(), found)
 
 
 def test_looking_for_speech_leaves_the_process_its_threads(detector: SpeechDetector) -> None:
@@ -94,14 +104,6 @@ def test_what_is_covered_and_what_is_not() -> None:
         "transcribed_s": 0,
         "gaps": [[10, 11]],
     }
-
-
-def test_between_two_times_somebody_speaks_or_nobody() -> None:
-    spoken = Spoken(stretches(1, 2, 5, 6))
-    asked = {(0, 1): False, (0, 1.5): True, (1.2, 1.3): True, (2, 5): False, (1.5, 5.5): True, (6, 9): False}
-    assert {times: spoken.between(*times) for times in asked} == asked
-    assert spoken.between(1.5, 1.5), "a segment may have no length"
-    assert not Spoken([]).between(0, 100)
 
 
 bounds = st.lists(st.integers(0, 60), max_size=12).map(sorted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,16 +78,3 @@ def coverage_of(speech: Sequence[Stretch], texts: Iterable[Stretch], *, asked_fo
     missing = without(joined(wanted, pause_s=MIN_PAUSE_S), covered)
     gaps = [gap for gap in missing if gap.end_s - gap.start_s >= MIN_GAP_S]
     return Coverage(speech_s=length_s(wanted), transcribed_s=length_s(wanted) - length_s(left), gaps=gaps)
-
-
-class Spoken:
-    """Answers for any two times whether speech was detected between them. Stretches are in order, without overlaps."""
-
-    def __init__(self, speech: Sequence[Stretch]) -> None:
-        self._starts_s = [stretch.start_s for stretch in speech]
-        self._ends_s = [stretch.end_s for stretch in speech]
-
-    def between(self, start_s: float, end_s: float) -> bool:
-        """Return whether any speech lies between the two, or around them."""
-        first_not_over = bisect_right(self._ends_s, start_s)
-        return first_not_over < len(self._starts_s) and self._starts_s[first_not_over] < max(end_s, start_s + 1e-3)

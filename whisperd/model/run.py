@@ -9,19 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from whisper import transcribe
 from whisper.audio import FRAMES_PER_SECOND
 from whisper.tokenizer import LANGUAGES
 
 from whisperd.model import fast
-from whisperd.model.coverage import Coverage, Spoken, coverage_of, joined
+from whisperd.model.coverage import coverage_of, joined
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
 from whisperd.model.mel import FileMel
 from whisperd.model.proxy import ProxyModel
-from whisperd.model.speech import SpeechDetector, Stretch, speech_in
+from whisperd.model.speech import SpeechDetector, SpeechTrack, Stretch, speech_in
 from whisperd.model.transcript import Segment, Transcript, segment_of
 from whisperd.model.worker import Turn, Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -60,6 +58,7 @@ class Run:
         self._engine = engine
         self._speech = speech
         self._fast_windows = fast_windows
+        self._track: SpeechTrack | None = None
         self._mel_worker = mel_worker
         self._send = send
         self._on_step = on_step
@@ -91,20 +90,23 @@ class Run:
             mel.scan()
             options = upstream_options(self.order.options, content_frames=mel.content_frames)
             asked_for = clips_of(options["clip_timestamps"], self._total_s)
+            self._track = track = SpeechTrack(
+                self._speech,
+                mel.samples,
+                mel.samples_at,
+                worker=self._mel_worker,
+                turn=self.turn,
+                on_step=self._on_step,
+            )
             if self._mode == "fast":
-                probabilities = self._listen(mel)
-                result = self._transcribe_fast(mel, options, probabilities, asked_for)
+                result = self._transcribe_fast(mel, track, options, asked_for)
             else:
                 result = transcribe(ProxyModel(self._engine, self.turn, self), mel, **options)
-                probabilities = self._listen(mel)
+            speech = speech_in(track.probabilities(), mel.samples)
+            segments = self._segments_of(result["segments"])
         finally:
             mel.close()
         self._progress(self._total_s)
-        segments, coverage = told_on(
-            [segment_of(segment, words=self._words) for segment in result["segments"]],
-            speech_in(probabilities, mel.samples),
-            asked_for,
-        )
         return Transcript(
             text=result["text"],
             language=result["language"],
@@ -113,19 +115,21 @@ class Run:
             model=model.name,
             truncated=self.order.truncated,
             mode=self._mode,
-            coverage=coverage,
+            coverage=coverage_of(speech, texts_of(segments), asked_for=asked_for),
         )
 
-    def _listen(self, mel: FileMel) -> NDArray[np.float32]:
-        return self._speech.probabilities(
-            mel.samples, mel.samples_at, worker=self._mel_worker, turn=self.turn, on_step=self._on_step
-        )
+    def _segments_of(self, upstream: Sequence[Mapping[str, Any]]) -> list[Segment]:
+        """Return typed segments, those marked between whose ends nobody speaks. No text is changed."""
+        assert self._track is not None, "listening begins before the first window"
+        speaks = self._track.speaks_between
+        segments = [segment_of(one, words=self._words) for one in upstream]
+        return [replace(segment, speech=speaks(segment.start, segment.end)) for segment in segments]
 
     def _transcribe_fast(
-        self, mel: FileMel, options: Mapping[str, Any], probabilities: NDArray[np.float32], asked_for: list[Stretch]
+        self, mel: FileMel, track: SpeechTrack, options: Mapping[str, Any], asked_for: list[Stretch]
     ) -> dict[str, Any]:
         speech = speech_in(
-            probabilities,
+            track.probabilities(),
             mel.samples,
             min_silence_ms=fast.MIN_SILENCE_MS,
             pad_ms=fast.PAD_MS,
@@ -147,7 +151,7 @@ class Run:
 
     def on_segments(self, segments: list[dict[str, Any]]) -> None:
         """Pass on what a window added."""
-        wire = [segment_of(segment, words=self._words).to_wire() for segment in segments]
+        wire = [segment.to_wire() for segment in self._segments_of(segments)]
         if wire:
             self._send(Segments(run=self.order.run, generation=self.order.generation, segments=wire))
 
@@ -207,14 +211,9 @@ def clips_of(clip_timestamps: str | Sequence[float], total_s: float) -> list[Str
     return joined(Stretch(start_s=start, end_s=max(start, end)) for start, end in pairs)
 
 
-def told_on(
-    segments: Sequence[Segment], speech: Sequence[Stretch], asked_for: Sequence[Stretch]
-) -> tuple[list[Segment], Coverage]:
-    """Return the segments, marked where nobody speaks, and how they cover the speech. No text is changed."""
-    spoken = Spoken(speech)
-    marked = [replace(segment, speech=spoken.between(segment.start, segment.end)) for segment in segments]
-    texts = [Stretch(start_s=one.start, end_s=one.end) for one in segments if one.text.strip() and one.end > one.start]
-    return marked, coverage_of(speech, texts, asked_for=asked_for)
+def texts_of(segments: Sequence[Segment]) -> list[Stretch]:
+    """Return where the segments with text lie."""
+    return [Stretch(start_s=one.start, end_s=one.end) for one in segments if one.text.strip() and one.end > one.start]
 
 
 def upstream_options(options: Mapping[str, Any], *, content_frames: int) -> dict[str, Any]:

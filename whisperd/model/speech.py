@@ -23,6 +23,7 @@ from whisperd.model.worker import Turn, Worker
 CHUNK = 512  # samples that one probability is about: 32 ms
 _CONTEXT = 64  # samples of the chunk before that the network sees too
 _BLOCK_CHUNKS = 960  # about 30 s
+THRESHOLD = 0.5  # the probability from which the package takes a chunk for speech
 _BINS = 129
 _STRIDES = (1, 2, 2, 1)
 
@@ -36,7 +37,7 @@ class Stretch:
 
 
 class SpeechDetector:
-    """silero-vad's network for 16 kHz, on the CPU. Loaded once; `detect` may be called for any number of recordings."""
+    """silero-vad's network for 16 kHz, on the CPU. Loaded once, for any number of `SpeechTrack`s."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("silero_vad")
@@ -52,40 +53,11 @@ class SpeechDetector:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         self._lstm.load_state_dict({f"{name}_l0": self._weights[f"decoder.rnn.{name}"] for name in names})
 
-    def probabilities(
-        self,
-        samples: int,
-        read: Callable[[int, int], NDArray[np.float32]],
-        *,
-        worker: Worker,
-        turn: Turn,
-        on_step: Callable[[], None],
-    ) -> NDArray[np.float32]:
-        """Return the probability of speech in each chunk of a recording of `samples` samples at 16 kHz.
-
-        `read(start, count)` gives samples in -1 to 1. The work is done on `worker`, a block a piece.
-        """
-        found: list[NDArray[np.float32]] = []
-        context = np.zeros(_CONTEXT, np.float32)
-        state: tuple[torch.Tensor, torch.Tensor] | None = None
-        for start in range(0, samples, _BLOCK_CHUNKS * CHUNK):
-
-            def work(start: int = start) -> None:
-                nonlocal context, state
-                on_step()
-                block = read(start, min(_BLOCK_CHUNKS * CHUNK, samples - start))
-                block = np.concatenate([context, block, np.zeros(-len(block) % CHUNK, np.float32)])
-                context = block[-_CONTEXT:]
-                chunk_probabilities, state = self._block(torch.from_numpy(block), state)
-                found.append(chunk_probabilities)
-
-            worker.call(turn, work)
-        return np.concatenate(found) if found else np.zeros(0, np.float32)
-
     @torch.no_grad()
-    def _block(
+    def block(
         self, samples: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[NDArray[np.float32], tuple[torch.Tensor, torch.Tensor]]:
+        """Return the probabilities of the chunks in `samples`, which begin with the context, and the LSTM's state."""
         weights = self._weights
         x = F.pad(samples.unfold(0, _CONTEXT + CHUNK, CHUNK)[:, None], (0, _CONTEXT), "reflect")
         x = F.conv1d(x, weights["stft.forward_basis_buffer"], stride=128)
@@ -96,6 +68,59 @@ class SpeechDetector:
         x, state = self._lstm(x.squeeze(-1), state)
         x = x.relu() @ weights["decoder.decoder.2.weight"][0, :, 0] + weights["decoder.decoder.2.bias"]
         return x.sigmoid().numpy(), state
+
+
+class SpeechTrack:
+    """The probability of speech in each chunk of one recording of `samples` samples at 16 kHz, as far as was asked for.
+
+    `read(start, count)` gives samples in -1 to 1. All computing is done on `worker`, a block a piece. What was said
+    about a stretch does not change with what comes after it.
+    """
+
+    def __init__(
+        self,
+        detector: SpeechDetector,
+        samples: int,
+        read: Callable[[int, int], NDArray[np.float32]],
+        *,
+        worker: Worker,
+        turn: Turn,
+        on_step: Callable[[], None],
+    ) -> None:
+        self._detector = detector
+        self._samples = samples
+        self._read = read
+        self._worker = worker
+        self._turn = turn
+        self._on_step = on_step
+        self._done = 0  # samples
+        self._context = np.zeros(_CONTEXT, np.float32)
+        self._state: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._found: list[NDArray[np.float32]] = []
+
+    def probabilities(self, until: int | None = None) -> NDArray[np.float32]:
+        """Return the chunks' probabilities up to sample `until` at least, or of the whole recording."""
+        stop = self._samples if until is None else min(until, self._samples)
+        while self._done < stop:
+            self._worker.call(self._turn, self._next_block)
+        if len(self._found) > 1:
+            self._found = [np.concatenate(self._found)]
+        return self._found[0] if self._found else np.zeros(0, np.float32)
+
+    def speaks_between(self, start_s: float, end_s: float) -> bool:
+        """Return whether any chunk between these times, or around them, is more likely speech than not."""
+        first, last = (int(time_s * SAMPLE_RATE) // CHUNK for time_s in (start_s, end_s))
+        chunks = self.probabilities((last + 1) * CHUNK)[first : last + 1]
+        return bool(len(chunks)) and bool(chunks.max() >= THRESHOLD)
+
+    def _next_block(self) -> None:
+        self._on_step()
+        block = self._read(self._done, min(_BLOCK_CHUNKS * CHUNK, self._samples - self._done))
+        self._done += len(block)
+        block = np.concatenate([self._context, block, np.zeros(-len(block) % CHUNK, np.float32)])
+        self._context = block[-_CONTEXT:].copy()
+        probabilities, self._state = self._detector.block(torch.from_numpy(block), self._state)
+        self._found.append(probabilities)
 
 
 def speech_in(
@@ -122,6 +147,7 @@ def speech_in(
         audio_length_samples=samples,
         min_silence_duration_ms=min_silence_ms,
         speech_pad_ms=pad_ms,
+        threshold=THRESHOLD,
         max_speech_duration_s=max_speech_s,
     )
     return [Stretch(start_s=one["start"] / SAMPLE_RATE, end_s=one["end"] / SAMPLE_RATE) for one in found]
