@@ -16,8 +16,8 @@ import pytest
 
 from tests.support import to_toml
 from whisperd.daemon.config import SETTINGS, Config, ConfigError, admin_uids, load_config
-from whisperd.daemon.systemd import listen_fds, notify
 from whisperd.protocol.paths import Paths, default_paths
+from whisperd.protocol.systemd import listen_fds, notify
 
 ROOT = Path(__file__).parents[1]
 

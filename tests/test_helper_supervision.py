@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,76 +16,12 @@ import psutil
 import pytest
 
 from tests.support import wait_until
+from tests.watched_helper import Watched
 from whisperd.daemon.helper import ExitReason, Helper
 from whisperd.daemon.loop import Loop
-from whisperd.protocol.helper_messages import Copied, CopyIn, Failed, Finished, Heartbeat, HelperMessage
+from whisperd.protocol.helper_messages import Copied, Failed, Finished
 
 ROOT = Path(__file__).parents[1]
-
-
-class Watched:
-    """A helper, what it said (but for heartbeats) and how it ended; `until` runs the loop."""
-
-    def __init__(self, loop: Loop, *, heartbeat_timeout_s: float = 60, start: str = "", module: str = "") -> None:
-        self.loop = loop
-        self.messages: list[HelperMessage] = []
-        self.heartbeats: list[Heartbeat] = []
-        self.exits: list[ExitReason] = []
-        self.helper = Helper(
-            loop,
-            role="odd",
-            module=module or "tests.odd_helper",
-            settings={"colour": "green"},
-            nice=3,
-            log_level="info",
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | ({"ODD_START": start} if start else {}),
-            on_message=self._on_message,
-            on_exit=lambda helper, reason: self.exits.append(reason),
-            heartbeat_timeout_s=heartbeat_timeout_s,
-        )
-
-    def _on_message(self, helper: Helper, message: HelperMessage) -> None:
-        assert helper is self.helper
-        if isinstance(message, Heartbeat):
-            self.heartbeats.append(message)
-        else:
-            self.messages.append(message)
-
-    def order(self, command: str, descriptors: Sequence[int] = ()) -> None:
-        self.helper.send(CopyIn(run=1, generation=2, folder=command), descriptors)
-
-    def until(self, predicate: Callable[[], Any]) -> None:
-        """Run the loop until the predicate holds."""
-        run_until(self.loop, predicate)
-
-    def answer(self) -> HelperMessage:
-        """Run the loop until it has said something, and return that."""
-        self.until(lambda: self.messages or self.exits)
-        return self.messages.pop(0)
-
-    def ended(self) -> ExitReason:
-        """Run the loop until it has ended, and return how; its process is gone and reaped."""
-        self.until(lambda: self.exits)
-        (reason,) = self.exits
-        assert not self.helper.alive
-        assert not psutil.pid_exists(self.helper.pid)
-        return reason
-
-
-def run_until(loop: Loop, predicate: Callable[[], Any], timeout_s: float = 60) -> None:
-    late: list[bool] = []
-    deadline = loop.call_later(timeout_s, lambda: (late.append(True), loop.stop()))
-
-    def look() -> None:
-        if predicate():
-            loop.stop()
-        elif not late:
-            loop.call_later(0.01, look)
-
-    look()
-    loop.run()
-    deadline.cancel()
-    assert not late, "waited in vain"
 
 
 @pytest.fixture

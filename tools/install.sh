@@ -96,28 +96,30 @@ install() {
 
 uninstall() {
     if live; then
-        systemctl --quiet disable --now whisperd.socket whisperd.service 2>/dev/null || true
+        systemctl --quiet disable --now whisperd.socket whisperd.service whisperd-fetch.socket 2>/dev/null || true
     fi
-    for file in systemd/system/whisperd.service systemd/system/whisperd.socket systemd/user/whisperd.service \
-        systemd/user/whisperd.socket sysusers.d/whisperd.conf tmpfiles.d/whisperd.conf; do
-        rm -f "$DESTDIR$UNITS/$file"
+    for manager in system user; do
+        for unit in systemd/"$manager"/*; do rm -f "$DESTDIR$UNITS/systemd/$manager/${unit##*/}"; done
     done
+    rm -f "$DESTDIR$UNITS/sysusers.d/whisperd.conf" "$DESTDIR$UNITS/tmpfiles.d/whisperd.conf"
     rm -f "$DESTDIR$PREFIX/bin/whisperd" "$DESTDIR$PREFIX/bin/whisperctl"
     rm -rf "$DESTDIR$LIB" "$DESTDIR$DOC"
     if live; then
         systemctl daemon-reload
-        systemctl reset-failed whisperd.service whisperd.socket 2>/dev/null || true
+        systemctl reset-failed whisperd.service whisperd.socket whisperd-fetch.socket 2>/dev/null || true
         rmdir /run/whisperd 2>/dev/null || true
     fi
 }
 
-# Configuration, queue, transcripts, models, the user: what uninstall leaves.
+# Configuration, queue, transcripts, models, the users: what uninstall leaves.
 purge() {
     uninstall
     rm -rf "$DESTDIR/etc/whisperd" "$DESTDIR/var/lib/whisperd" "$DESTDIR/var/cache/whisperd"
-    rm -rf "$DESTDIR/etc/systemd/system/whisperd.service.d" "$DESTDIR/etc/systemd/system/whisperd.socket.d"
-    if [ -z "$DESTDIR" ] && getent passwd whisperd >/dev/null; then
-        userdel whisperd
+    for unit in systemd/system/*; do rm -rf "$DESTDIR/etc/systemd/system/${unit##*/}.d"; done
+    if [ -z "$DESTDIR" ]; then
+        for user in whisperd whisperd-fetch; do
+            if getent passwd "$user" >/dev/null; then userdel "$user"; fi
+        done
     fi
 }
 

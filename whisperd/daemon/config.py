@@ -172,6 +172,11 @@ class Config:
         "Folder of cookie files (Netscape format), one a user: `UID.txt` or `NAME.txt`. They are read, never written, "
         "and used for that user's downloads alone. Empty: no cookies.",
     )
+    fetch_socket: str = _setting(
+        "",
+        "Socket of `whisperd-fetch.socket`: each download runs in an instance of that unit. Empty: in the daemon's own "
+        "processes.",
+    )
     fetchers: int = _setting(2, "Processes that download, one recording at a time each.", low=1, high=64)
     fetch_timeout_s: float = _setting(120.0, "Seconds without a byte after which a download is given up.", low=1)
     fetch_limit_s: float = _setting(7200.0, "Seconds that one download may take in all.", low=1)

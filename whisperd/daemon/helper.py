@@ -1,6 +1,7 @@
-"""The daemon's side of one helper process: start it, feed it, hear whether it lives, see it end.
+"""The daemon's side of one helper: start it, feed it, hear whether it lives, see it end.
 
-One `Helper` is one process, from its start to its end. What to do about an end is for the lanes.
+One `Helper` is one process, from its start to its end. What to do about an end is for the lanes; where the process
+runs, and whose it is, knows its body (helper_body.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import whisperd
 from whisperd.daemon.descriptors import close_apart
+from whisperd.daemon.helper_body import Body, ChildProcess, UnitInstance
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, encode_frame, parse_body
@@ -54,7 +54,7 @@ class _Outgoing:
 
 
 class Helper:
-    """A running helper. Its command is `python -m module --fd N --nice N --log-level L`.
+    """A running helper: a child process running `module`, or an instance behind systemd's socket at `address`.
 
     `on_message(helper, message)` gets every message but `HelperHello`; none comes after `kill` or `close`.
     `on_exit(helper, reason)` is called exactly once, when the process has ended and is reaped, or could not be started;
@@ -74,9 +74,9 @@ class Helper:
         on_message: Callable[[Helper, HelperMessage], None],
         on_exit: Callable[[Helper, ExitReason], None],
         heartbeat_timeout_s: float,
+        address: Path | None = None,
     ) -> None:
         self.role = role
-        self.pid = 0
         self.ready = False
         self._loop = loop
         self._settings = dict(settings)
@@ -86,30 +86,30 @@ class Helper:
         self._reader = FrameReader(max_bytes=MAX_REPLY_BYTES)
         self._outbox: deque[_Outgoing] = deque()
         self._reason: str | None = None  # why we ended it; None while it shall live
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._ending = False
         self._timer: Timer | None = None
         self._heard_at = loop.time()
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._socket.setblocking(False)
-            arguments = ["--fd", str(theirs.fileno()), "--nice", str(nice), "--log-level", log_level]
-            self._start([*_python(), "-m", module, *arguments], theirs.fileno(), env)
+        self._body: Body = (
+            UnitInstance(address)
+            if address is not None
+            else ChildProcess(module, nice=nice, log_level=log_level, env=env)
+        )
+        self._socket = self._body.socket
+        self._start()
 
-    def _start(self, command: list[str], fd: int, env: Mapping[str, str]) -> None:
+    def _start(self) -> None:
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[fd], env=dict(env))
-            self.pid = self._process.pid
-            self._pidfd = os.pidfd_open(self.pid)
+            self._socket.setblocking(False)
+            self._body.start()
         except OSError as error:
             self._reason = f"could not be started: {error}"
             log.error("helper not started role=%s error=%s", self.role, error)
-            if self._process is not None:
-                self._process.kill()
-            self._loop.call_soon(self._ended)
+            self._end_soon()
             return
-        log.info("helper started role=%s pid=%d", self.role, self.pid)
-        self._loop.register(self._pidfd, READ, lambda events: self._ended())
+        if self.pid:
+            log.info("helper started role=%s pid=%d", self.role, self.pid)
+        if self._body.end_fd >= 0:
+            self._loop.register(self._body.end_fd, READ, lambda events: self._ended())
         self._loop.register(self._socket, READ, self._on_ready)
         self._timer = self._loop.call_later(self._heartbeat_timeout_s, self._check_heartbeat)
 
@@ -118,7 +118,12 @@ class Helper:
     @property
     def alive(self) -> bool:
         """True until it has ended or been told to."""
-        return self._process is not None and self._reason is None
+        return self._reason is None
+
+    @property
+    def pid(self) -> int:
+        """Its process, 0 while that is not known."""
+        return self._body.pid
 
     def rss_bytes(self) -> int:
         """Return the process's resident memory, 0 when it is gone."""
@@ -136,11 +141,11 @@ class Helper:
 
     def kill(self, reason: str) -> None:
         """End it at once. `on_exit` tells the reason, the first if there are several."""
-        if self._process is not None and self._pidfd >= 0:
+        if not self._ending:
             if self._reason is None:
                 self._reason = reason
                 log.warning("helper killed role=%s pid=%d reason=%r", self.role, self.pid, reason)
-            self._process.kill()
+            self._body.kill()
             self._hang_up()
 
     def close(self, grace_s: float = _END_GRACE_S) -> None:
@@ -148,7 +153,8 @@ class Helper:
         if self.alive:
             self._reason = "closed"
             self._hang_up()
-            self._timer = self._loop.call_later(grace_s, lambda: self.kill("closed"))
+            if not self._ending:
+                self._timer = self._loop.call_later(grace_s, lambda: self.kill("closed"))
 
     # --- bytes ---
 
@@ -167,8 +173,11 @@ class Helper:
         except OSError:
             data = b""
         if not data:
-            # It is about to end, mostly: the pidfd will tell. If it only closed its socket, it is of no use.
             self._loop.unregister(self._socket)
+            if self._body.end_fd < 0:
+                self._end_soon()
+                return 0
+            # It is about to end, mostly: the pidfd will tell. If it only closed its socket, it is of no use.
             self._set_timer(_END_GRACE_S, lambda: self.kill("closed its socket"))
             return 0
         self._heard_at = self._loop.time()
@@ -195,6 +204,9 @@ class Helper:
             )
         else:
             self.ready = True
+            if not self.pid:
+                self._body.pid = message.pid
+                log.info("helper started role=%s pid=%d by=systemd", self.role, self.pid)
             configure = Configure(settings=self._settings)
             self._outbox.appendleft(_Outgoing(memoryview(encode_frame(to_wire(configure))), []))
             self._flush()
@@ -243,37 +255,49 @@ class Helper:
         self._timer = self._loop.call_later(delay_s, fn)
 
     def _hang_up(self) -> None:
-        """Close our end of the socket: nothing more is said or heard."""
+        """Close our end of the socket: nothing more is said or heard. A body that only that ends has ended by it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._drop_outbox()
         self._loop.unregister(self._socket)
         self._socket.close()
+        if self._body.end_fd < 0:
+            self._end_soon()
 
     def _drop_outbox(self) -> None:
         for outgoing in self._outbox:
             close_apart(outgoing.descriptors)
         self._outbox.clear()
 
+    def _end_soon(self) -> None:
+        if not self._ending:
+            self._ending = True
+            self._loop.call_soon(self._ended)
+
     def _ended(self) -> None:
-        """The process has ended, or never began: hear its last words, reap it, tell."""
-        if self._pidfd >= 0:
-            self._loop.unregister(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-        read = 0
-        while self.alive and read < _MAX_LAST_BYTES and (count := self._receive()):
-            read += count
+        """It has ended, or never began: hear its last words, reap it, tell."""
+        self._ending = True
+        if self._body.end_fd >= 0:
+            self._loop.unregister(self._body.end_fd)
+            read = 0
+            while self.alive and read < _MAX_LAST_BYTES and (count := self._receive()):
+                read += count
         ready = self.ready
-        code = self._process.wait() if self._process is not None else None
+        code = self._body.reap()
         number = -code if code is not None and code < 0 else None
-        reason = self._reason or (f"killed by {_signal_name(number)}" if number else f"ended with exit code {code}")
+        reason = self._reason or _how_it_ended(code, number)
         self._reason = reason
         self._hang_up()
         log.info("helper ended role=%s pid=%d reason=%r", self.role, self.pid, reason)
         returncode = None if number else code
         self._on_exit(self, ExitReason(returncode=returncode, signal=number, reason=reason, ready=ready))
+
+
+def _how_it_ended(code: int | None, number: int | None) -> str:
+    if code is None:
+        return "its unit ended; the unit's own log says more"
+    return f"killed by {_signal_name(number)}" if number else f"ended with exit code {code}"
 
 
 def process_rss_bytes(pid: int) -> int:
@@ -282,14 +306,6 @@ def process_rss_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
     except (OSError, IndexError):
         return 0
-
-
-def _python() -> list[str]:
-    """Return the interpreter's command. `-m` puts the working directory first on the path: a `random.py` that lies
-    there must not be imported, unless this package itself came from there.
-    """
-    from_here = os.path.samefile(Path(whisperd.__file__).parents[1], ".")
-    return [sys.executable] if from_here else [sys.executable, "-P"]
 
 
 def _duplicated(descriptors: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from whisperd import __version__
@@ -101,8 +102,10 @@ class House:
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
         config = self.config
         settings: dict[str, Any] = {"spool": str(self.ledger.spool.path)}
+        address = None
         if role == "fetcher":
-            settings["cache_dir"] = str(config.cache_dir)
+            settings = {"spool": str(self.ledger.spool.downloads), "cache_dir": str(config.cache_dir)}
+            address = Path(config.fetch_socket) if config.fetch_socket else None
         names = {
             "copier": ("max_source_bytes",),
             "receiver": (),
@@ -123,6 +126,7 @@ class House:
             settings=settings | {name: getattr(config, name) for name in names[role]},
             env=env,
             freed=freed,
+            address=address,
         )
 
     # -- life --------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.config import Config, ConfigError, group_id
-from whisperd.daemon.systemd import listen_fds
 from whisperd.protocol.frames import encode_frame
+from whisperd.protocol.systemd import listen_fds
 
 log = logging.getLogger("whisperd.server")
 

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import click
 
 from whisperd import __version__
-from whisperd.daemon import systemd
 from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.handlers import dispatch
 from whisperd.daemon.house import House
@@ -29,7 +28,7 @@ from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database, StateError
-from whisperd.protocol import logs
+from whisperd.protocol import logs, systemd
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from whisperd.daemon import systemd
 from whisperd.daemon.house import House
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.store.rows import Change
+from whisperd.protocol import systemd
 from whisperd.protocol.jobs import JobState
 
 _STATUS_EVERY_S = 1.0

@@ -1,4 +1,8 @@
-"""The spool: a folder a run, deleted in a thread of its own (unlinking a large file can take a while)."""
+"""The spool: a folder a run, deleted in a thread of its own (unlinking a large file can take a while).
+
+Downloads are made in a folder beside it and moved in when they are complete: a fetcher with a user of its own can reach
+that folder alone.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ import logging
 import os
 import queue
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+
+from whisperd.protocol.spoolfolder import storage_errors, sync_folder
 
 log = logging.getLogger("whisperd.spool")
 
@@ -21,6 +29,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.downloads = path.with_name("downloads")
         self._doomed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._delete, name="spool", daemon=True)
 
@@ -31,11 +40,35 @@ class Spool:
             if entry.name not in named:
                 log.info("swept folder=%s", entry.name)
                 self.remove(entry.name)
+        for entry in os.scandir(self.downloads):
+            self.remove(entry.name)
         self._thread.start()
 
     def make(self) -> None:
         """Make the spool where it is not there (any more): who deletes it loses what is queued, not what comes."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.path, self.downloads):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def adopt(self, folder: str) -> None:
+        """Move a complete download into the spool, durable; once more does no harm. Not for the loop.
+
+        The file alone, into a folder of ours, and no link is followed: who downloaded it may be somebody else by now.
+        Raises `OSError`, also for what is no plain file, and `WhisperdError` (`storage_full`).
+        """
+        target = self.path / folder / "source"
+        with storage_errors():
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            if not os.path.lexists(target):
+                origin = os.open(self.downloads / folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.rename("source", target, src_dir_fd=origin)
+                finally:
+                    os.close(origin)
+            if not stat.S_ISREG(target.lstat().st_mode):
+                raise OSError("it is no plain file")
+            sync_folder(target.parent)
+            sync_folder(self.path)
+        _delete(self.downloads / folder)
 
     @staticmethod
     def new_folder() -> str:
@@ -47,14 +80,13 @@ class Spool:
         self._doomed.put(folder)
 
     def used_bytes(self) -> int:
-        """Return what the spool's files take on disk. Walks the folders: not for the loop."""
+        """Return what the spool's files and downloads take on disk. Walks the folders: not for the loop."""
         total = 0
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                try:
-                    total += os.lstat(os.path.join(folder, name)).st_blocks * 512
-                except OSError:  # deleted while we looked
-                    continue
+        for root in (self.path, self.downloads):
+            for folder, _, names in os.walk(root):
+                for name in names:
+                    with suppress(OSError):  # deleted while we looked
+                        total += os.lstat(os.path.join(folder, name)).st_blocks * 512
         return total
 
     def stop(self) -> None:
@@ -64,12 +96,18 @@ class Spool:
 
     def _delete(self) -> None:
         while (folder := self._doomed.get()) is not None:
-            for name in {folder, folder.removesuffix(PARTIAL) + PARTIAL}:
-                try:
-                    shutil.rmtree(self.path / name)
-                except FileNotFoundError:
-                    continue
-                except NotADirectoryError:
-                    (self.path / name).unlink(missing_ok=True)
-                except OSError as error:
-                    log.warning("cannot delete folder=%s error=%r", name, error)
+            for root in (self.path, self.downloads):
+                for name in {folder, folder.removesuffix(PARTIAL) + PARTIAL}:
+                    _delete(root / name)
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("cannot delete folder=%s error=%r", path.name, error)

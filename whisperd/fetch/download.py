@@ -85,7 +85,8 @@ class Fetcher:
         partial, final = self._settings.spool / f"{folder}.partial", self._settings.spool / folder
         try:
             with storage_errors():
-                partial.mkdir(mode=0o700)
+                # Where this process has a user of its own, the daemon comes by its group; else the umask keeps all out.
+                partial.mkdir(mode=0o770)
                 info = self._download(source, uid, partial, checkpoint)
                 found = _finish(partial, checkpoint)
                 partial.rename(final)
@@ -311,16 +312,19 @@ def playlist(address: str) -> WhisperdError:
     )
 
 
-def read_cookies(folder: str, uid: int) -> io.StringIO | None:
-    """Return a private copy of a user's cookies: `<folder>/<uid>.txt` or `<folder>/<name>.txt`; None without any."""
-    if not folder:
-        return None
+def read_cookies(folder: str, uid: int, environ: Mapping[str, str] = os.environ) -> io.StringIO | None:
+    """Return a private copy of a user's cookies: `UID.txt` or `NAME.txt` in `folder`; None without any.
+
+    systemd hands a service the files of a folder as `cookies_UID.txt` and so on (LoadCredential=cookies:FOLDER).
+    """
+    handed_over = environ.get("CREDENTIALS_DIRECTORY", "")
+    places = [prefix for prefix in (folder and f"{folder}/", handed_over and f"{handed_over}/cookies_") if prefix]
     names = [str(uid)]
     with suppress(KeyError):  # a uid without a name
         names.append(pwd.getpwuid(uid).pw_name)
-    for name in names:
+    for path in (f"{place}{name}.txt" for place in places for name in names):
         try:
-            return io.StringIO(Path(folder, f"{name}.txt").read_text())
+            return io.StringIO(Path(path).read_text())
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:

@@ -40,6 +40,7 @@ def main() -> None:
     guard.install()
     about = describe(programs, datetime.date.today())
     link.gauges = lambda: about
+    link.beat()  # a short download may be over before the next one
     settings = Settings(**given | {"spool": Path(given["spool"]), "cache_dir": Path(given["cache_dir"])})
     fetcher = Fetcher(settings, guard, programs)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import pwd
 import queue
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +26,7 @@ from whisperd.protocol.helper_messages import (
     from_wire,
     to_wire,
 )
+from whisperd.protocol.systemd import Watchdog, peer_uid
 
 HEARTBEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -35,8 +38,9 @@ class HelperLink:
     A thread reads messages into a queue and ends the process the moment the daemon is gone: no helper outlives it.
     """
 
-    def __init__(self, channel: Channel, settings: Mapping[str, Any]) -> None:
+    def __init__(self, channel: Channel, settings: Mapping[str, Any], watchdog: Watchdog) -> None:
         self.settings = settings
+        self._watchdog = watchdog
         self._channel = channel
         self._inbox: queue.Queue[tuple[HelperMessage, list[int]]] = queue.Queue()
         self._beat = 0
@@ -67,6 +71,10 @@ class HelperLink:
         """Tell that the work got further: the next heartbeat shows it."""
         self._beat += 1
 
+    def beat(self) -> None:
+        """Send a heartbeat now, with `gauges` as they are."""
+        self.send(Heartbeat(beat=self._beat, gauges=self.gauges()))
+
     def _read(self) -> None:
         try:
             while True:
@@ -78,7 +86,8 @@ class HelperLink:
     def _send_heartbeats(self) -> None:
         stop = threading.Event()
         while not stop.wait(HEARTBEAT_S):
-            self.send(Heartbeat(beat=self._beat, gauges=self.gauges()))
+            self.beat()
+            self._watchdog.ping()
 
     def _start(self) -> None:
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
@@ -88,12 +97,14 @@ class HelperLink:
 def start(role: str, argv: list[str] | None = None) -> HelperLink:
     """Become a helper: give way to the loop (nice), die with the daemon, say hello, take the settings.
 
-    The command line is `--fd N` (this end of the socketpair), `--nice N` and `--log-level L`.
+    The command line is `--fd N` (this end of the socketpair, or of a connection that systemd accepted), `--nice N`,
+    `--log-level L`, and `--peer USER`: whose the other end must be, where that is not plain.
     """
     parser = argparse.ArgumentParser(description=f"whisperd's {role} helper; started by the daemon, not by hand")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
+    parser.add_argument("--peer", default="")
     arguments = parser.parse_args(argv)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -102,15 +113,20 @@ def start(role: str, argv: list[str] | None = None) -> HelperLink:
     # Ctrl-C and systemd's SIGTERM reach the whole group; the daemon decides when its helpers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(arguments.nice)
+    if arguments.nice:  # a unit may have seen to it, and forbidden it
+        os.nice(arguments.nice)
     logs.configure(arguments.log_level)
-    channel = Channel(socket.socket(fileno=arguments.fd), max_bytes=MAX_REPLY_BYTES, descriptors=True)
+    sock = socket.socket(fileno=arguments.fd)
+    if arguments.peer and peer_uid(sock) != pwd.getpwnam(arguments.peer).pw_uid:
+        sys.exit(f"uid {peer_uid(sock)} has connected, and only {arguments.peer} may: nothing was done for it")
+    watchdog = Watchdog()
+    channel = Channel(sock, max_bytes=MAX_REPLY_BYTES, descriptors=True)
     try:
         channel.send(to_wire(HelperHello(role=role, version=__version__, pid=os.getpid())))
         first = from_wire(channel.receive()[0])
     except (EOFError, OSError):
         os._exit(0)
     assert isinstance(first, Configure), "the daemon's first message is Configure"
-    link = HelperLink(channel, first.settings)
+    link = HelperLink(channel, first.settings, watchdog)
     link._start()
     return link

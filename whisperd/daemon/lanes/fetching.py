@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -180,21 +181,7 @@ class FetchLane:
         run_id, store = live.row.id, self._ledger.store
         match message:
             case Fetched():
-                found = message
-                key = share_key(self._config, live.row.uid, found.sha256, live.row.options, self._model())
-                self._settle(
-                    run_id,
-                    lambda db, now: store.fetched(
-                        db,
-                        run_id,
-                        now,
-                        sha256=found.sha256,
-                        size_bytes=found.size_bytes,
-                        title=found.title or None,
-                        share_key=key,
-                    ),
-                    "waiting for decoding",
-                )
+                self._settle(run_id, self._take_over(live, folder, message), "waiting for decoding")
             case FetchFailed():
                 self._failed(live, message)
             case Failed(code=ErrorCode.CANCELLED):
@@ -205,6 +192,33 @@ class FetchLane:
                 self.failed += 1
                 error = WhisperdError(message.code, message.message)
                 self._settle(run_id, lambda db, now: store.fail(db, run_id, error, now), "failed")
+
+    def _take_over(self, live: LiveRun, folder: str, found: Fetched) -> StoreCall[Change]:
+        """Return the call that moves what was downloaded into the spool, and then records it."""
+        store, spool, run_id = self._ledger.store, self._ledger.spool, live.row.id
+        key = share_key(self._config, live.row.uid, found.sha256, live.row.options, self._model())
+
+        def call(db: sqlite3.Connection, now: float) -> Change:
+            try:
+                spool.adopt(folder)
+            except OSError as error:
+                spool.remove(folder)
+                text = f"what was downloaded cannot be moved into the spool ({error}): tell who runs whisperd"
+                return store.fail(db, run_id, WhisperdError(ErrorCode.INTERNAL, text), now)
+            change = store.fetched(
+                db,
+                run_id,
+                now,
+                sha256=found.sha256,
+                size_bytes=found.size_bytes,
+                title=found.title or None,
+                share_key=key,
+            )
+            if change == Change():  # cancelled meanwhile, and its folder swept before it was here
+                spool.remove(folder)
+            return change
+
+        return call
 
     def _failed(self, live: LiveRun, message: FetchFailed) -> None:
         run_id, store = live.row.id, self._ledger.store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.config import Config
@@ -51,6 +52,7 @@ class _Worker:
     task: Task | None = None
     cancelled: bool = False
     hung: bool = False
+    spent: bool = False  # it has done its one task
     overdue: Timer | None = field(default=None)
 
 
@@ -58,6 +60,7 @@ class Pool:
     """Up to `size` helpers of one role, started when needed, the first one ahead of time.
 
     A task that shows no progress for `silent_s` loses its helper. `freed` is called whenever a place became free.
+    With `address` the helpers are instances behind that socket of systemd's, and each does one task and goes.
     """
 
     def __init__(
@@ -72,10 +75,11 @@ class Pool:
         settings: Mapping[str, Any],
         env: Mapping[str, str],
         freed: Callable[[], None],
+        address: Path | None = None,
     ) -> None:
         self._loop, self._config = loop, config
         self._role, self._module, self._size, self._silent_s = role, module, size, silent_s
-        self._settings, self._env, self._freed = settings, env, freed
+        self._settings, self._env, self._freed, self._address = settings, env, freed, address
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._stopping = False
@@ -168,6 +172,7 @@ class Pool:
             on_message=self._on_message,
             on_exit=self._on_exit,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+            address=self._address,
         )
         worker = _Worker(helper)
         self._workers.append(worker)
@@ -196,8 +201,8 @@ class Pool:
         self._failed_starts = 0
         worker = self._worker(helper)
         if isinstance(message, Heartbeat):
-            self.gauges = message.gauges
-            if self.gauges:
+            if message.gauges:  # one that has just begun does not know them yet
+                self.gauges = message.gauges
                 self._satisfy_curious()
             return
         if worker is None or worker.task is None:
@@ -212,6 +217,9 @@ class Pool:
             return
         worker.task = None
         self._clear_timer(worker)
+        if self._address is not None:
+            worker.spent = True
+            helper.close()
         task.done(message)
         self._freed()
 
@@ -224,6 +232,8 @@ class Pool:
         if self._stopping:
             return
         self._satisfy_curious()
+        if worker.spent:
+            return
         self.failures += 1
         if not reason.ready:
             self._failed_start(reason.reason)

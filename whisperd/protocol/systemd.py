@@ -7,14 +7,17 @@ sd_watchdog_enabled(3): who is silent for $WATCHDOG_USEC is killed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import struct
 from collections.abc import Mapping, MutableMapping
 
 log = logging.getLogger("whisperd.systemd")
 
 _FIRST_FD = 3
+_UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7))
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
@@ -34,11 +37,9 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[int]:
 
 def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Send lines such as `READY=1` to systemd; return whether it could be told. Never raises, never waits."""
-    address = environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
+    address = _notify_address(environ)
+    if not address:
         return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
@@ -47,6 +48,39 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
         log.warning("systemd could not be told state=%r error=%s", state, error)
         return False
     return True
+
+
+def _notify_address(environ: Mapping[str, str]) -> str:
+    """Return where systemd listens, or an empty string. A leading @ stands for the NUL of an abstract address."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    return address.replace("@", "\0", 1) if address.startswith(("/", "@")) else ""
+
+
+class Watchdog:
+    """Tells systemd that this process lives, where its unit asks for that; elsewhere it does nothing.
+
+    It connects when it is made: a process that makes one can give up making connections afterwards.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._socket: socket.socket | None = None
+        address = _notify_address(environ)
+        if address and watchdog_timeout_s(environ) is not None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+            self._socket.connect(address)
+
+    def ping(self) -> None:
+        """Call this more often than the unit's `WatchdogSec=`."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # systemd is busy: the next one will do
+                self._socket.send(b"WATCHDOG=1")
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """Return whose the process at the other end of a Unix socket was when it connected or listened (SO_PEERCRED)."""
+    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(uid)
 
 
 def watchdog_timeout_s(environ: Mapping[str, str] = os.environ) -> float | None:
