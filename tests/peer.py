@@ -48,6 +48,9 @@ class Peer:
             "queue": {"depth": 0, "capacity": 1000},
         }  # fmt: skip
         self.stats: dict[str, Any] = {}
+        self.hello: dict[str, Any] = {
+            "protocol": 1, "server": "whisperd", "version": "0.1.0", "uid": os.geteuid(), "admin": False,
+        }  # fmt: skip
         self.changed = threading.Condition()
         self._channels: list[Channel] = []
         self._subscribers: list[tuple[Channel, int, int, int]] = []  # channel, request, job, after_seq
@@ -291,6 +294,7 @@ class Peer:
 
 
 _OPERATIONS: Mapping[str, Callable[[Peer, Request, Channel, list[int]], Mapping[str, Any] | None]] = {
+    "hello": lambda peer, *_: peer.hello,
     "health": lambda peer, *_: peer.health,
     "stats": lambda peer, *_: peer.stats,
     "model": lambda peer, *_: {"model": peer.health["model"]},

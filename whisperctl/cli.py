@@ -28,6 +28,7 @@ _PLACES = {
     "retry": "manage:retry",
     "stats": "service:stats",
     "health": "service:health",
+    "selftest": "selftest:selftest",
     "pause": "service:pause",
     "resume": "service:resume",
     "model": "service:model",

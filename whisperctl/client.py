@@ -243,9 +243,16 @@ class Client:
         """Delete an ended job, with its audio, transcript and key; return what it was."""
         return Job.from_wire(self._link.call("forget", {"job": job_id})["job"])
 
-    def stats(self) -> dict[str, Any]:
-        """Return the daemon's counters and gauges, as docs/protocol.md names them."""
-        return self._link.call("stats", {})
+    def hello(self) -> dict[str, Any]:
+        """Return who answers, `server` and `version`, and whom it takes us for, `uid` and `admin`."""
+        return self._link.call("hello", {}, patient=False)
+
+    def stats(self, *, inspect: bool = False) -> dict[str, Any]:
+        """Return the daemon's counters and gauges, as docs/protocol.md names them.
+
+        With `inspect` it first waits until its helpers have told the versions of their libraries.
+        """
+        return self._link.call("stats", {"inspect": True} if inspect else {})
 
     def health(self) -> dict[str, Any]:
         """Return how the daemon is; a daemon that is gone is told of at once, not waited for."""

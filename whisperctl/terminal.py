@@ -38,6 +38,14 @@ class Screen:
         self._shown = False
         self._trouble = ""
 
+    def drawable(self, text: str, plain: str) -> str:
+        """Return `text`, or `plain` where stdout's encoding has no letters for it."""
+        try:
+            text.encode(self._out.encoding or "utf-8")
+        except UnicodeEncodeError:
+            return plain
+        return text
+
     @property
     def columns(self) -> int | None:
         """The width of the terminal that data goes to; None when it goes elsewhere."""

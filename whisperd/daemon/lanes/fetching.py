@@ -81,6 +81,7 @@ class FetchLane:
             "active": len(self._active),
             "waiting": self.waiting,
             "failed": self.failed,
+            "extractors": list(self._config.fetch_extractors),
             "rests_until": None if self._rest is None else self._rest.until,
             **about,
         }
