@@ -214,6 +214,17 @@ def test_a_restart_returns_running_work_to_the_queue(book: Book) -> None:
     assert book.story(job_of(later).id) == ["queued", "again", "done"], "void segments are not told to who comes later"
 
 
+def test_who_joins_a_run_that_was_put_back_is_not_told_what_is_void(book: Book) -> None:
+    first = book.running()
+    book.say(first.run_id, "void")
+    book.run(lambda db: STORE.put_back(db, first.run_id, book.now, died=False))
+    second = job_of(book.accept())
+    assert book.story(second.id) == ["queued"]
+    book.run(lambda db: STORE.start(db, first.run_id, book.now))
+    book.say(first.run_id, "one")
+    assert book.story(second.id) == ["queued", "running", "one"]
+
+
 def test_the_third_death_fails_a_run(book: Book) -> None:
     job = book.running()
     for state in (JobState.QUEUED, JobState.QUEUED, JobState.FAILED):

@@ -189,9 +189,9 @@ class Accepting(Moving):
                 job = self._move_job(db, change, job, step, now)
         if run.state is JobState.RUNNING:
             job = self._move_job(db, change, job, JobState.RUNNING, now)
-        for row in all_rows(
-            db, "SELECT * FROM segments WHERE run_id = ? AND start = ? ORDER BY number", run.id, run.starts
-        ):
+        # Up to the count: what lies beyond it was said before the run was put back, and is void.
+        said = "SELECT * FROM segments WHERE run_id = ? AND start = ? AND number < ? ORDER BY number"
+        for row in all_rows(db, said, run.id, run.starts, run.segments):
             self._add_segment_event(db, change, job, run, row["number"], unpack(row["payload"]))
         if run.state is JobState.DONE:
             job = self._move_job(db, change, job, JobState.DONE, now)
