@@ -141,7 +141,7 @@ class House:
             live, named = self.database.run(lambda db: self.ledger.store.recover(db, now))
             spool.start(named)
             self.disk.prepare()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StateError(
                 f"the state in {self.config.state_dir} cannot be worked with: {error}. Check who owns it, and how much "
                 "room its disk has"

@@ -112,6 +112,10 @@ class Ledger:
 
         self._database.call(lambda db: call(db, self.clock()), done, new_work=new_work)
 
+    def storage_failed(self, reason: str) -> None:
+        """End the daemon: what was committed is safe, but nothing more can be."""
+        self._database.failed(reason)
+
     def _note(self, change: Change) -> None:
         jobs = {job.id: job for job in change.jobs}
         for event in change.events:

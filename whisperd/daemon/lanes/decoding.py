@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
+from whisperd.daemon.lanes.recording import record
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.scheduler import Turns, pick
@@ -140,11 +141,7 @@ class DecodeLane:
                 live.phase = phase
             self.pump()
 
-        def failed(error: WhisperdError) -> None:
-            self._active.pop(run_id, None)
-            self._pause()
-
-        self._ledger.commit(call, then, failed)
+        record(self._loop, self._ledger, run_id, call, then)
 
     def _pause(self) -> None:
         if not self._paused:

@@ -15,6 +15,7 @@ from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
 from whisperd.daemon.keys import share_key
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
+from whisperd.daemon.lanes.recording import give_up, record
 from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.scheduler import Turns, pick
@@ -25,7 +26,6 @@ from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.lanes")
 
-_TRY_AGAIN_S = 1.0
 _BACKOFF_FACTOR = 3
 
 
@@ -135,17 +135,23 @@ class FetchLane:
         def then(change: Change) -> None:
             live = self._ledger.board.runs.get(run_id)
             if not change.runs or live is None or self._stopping:  # cancelled meanwhile, or all stops
-                self._active.pop(run_id, None)
-                self.pump()
+                self._dropped(run_id)
                 return
             live.phase = "downloading"
             self._hand_out(live, folder, priority)
 
         def failed(error: WhisperdError) -> None:
-            self._active.pop(run_id, None)
+            if error.code != ErrorCode.STORAGE_FULL:
+                give_up(self._loop, self._ledger, run_id, error, lambda change: self._dropped(run_id))
+                return
             self._rest_for(self._config.full_disk_pause_s, error.message)
+            self._dropped(run_id)
 
         self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed, new_work=True)
+
+    def _dropped(self, run_id: int) -> None:
+        self._active.pop(run_id, None)
+        self.pump()
 
     def _hand_out(self, live: LiveRun, folder: str, priority: Priority) -> None:
         row, generation = live.row, next(self._generations)
@@ -272,10 +278,7 @@ class FetchLane:
                 self._tell(live)
             self.pump()
 
-        def failed(error: WhisperdError) -> None:
-            self._loop.call_later(_TRY_AGAIN_S, lambda: self._settle(run_id, call, phase))
-
-        self._ledger.commit(call, then, failed)
+        record(self._loop, self._ledger, run_id, call, then)
 
     # -- standing still ---------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.model_process import ModelProcess
-from whisperd.daemon.lanes.recording import Recorder
+from whisperd.daemon.lanes.recording import Recorder, give_up, record
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import pick
@@ -225,7 +225,10 @@ class ModelLane:
             )
 
         def failed(error: WhisperdError) -> None:
-            # A full disk: nothing has changed, the run waits on. The next commit or the next second tries again.
+            if error.code != ErrorCode.STORAGE_FULL:
+                give_up(self._loop, self._ledger, run_id, error, lambda change: self._recorded(run_id))
+                return
+            # Nothing has changed, the run waits on. The next commit or the next second tries again.
             self._open.pop(run_id, None)
             self._loop.call_later(1.0, self.pump)
 
@@ -241,11 +244,8 @@ class ModelLane:
                 live.phase, live.done, live.eta_s = "waiting for the model", 0.0, None
             self.pump()
 
-        self._ledger.commit(
-            lambda db, now: self._ledger.store.put_back(db, run_id, now, died=died),
-            settled,
-            lambda error: self._loop.call_later(1.0, lambda: self._give_back(run_id, died=died)),
-        )
+        store = self._ledger.store
+        record(self._loop, self._ledger, run_id, lambda db, now: store.put_back(db, run_id, now, died=died), settled)
 
     def _tell_priority(self, run_id: int) -> None:
         open_ = self._open.get(run_id)

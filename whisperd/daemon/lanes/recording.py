@@ -8,7 +8,7 @@ from typing import Any
 from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.store.rows import Change
-from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 _TRY_AGAIN_S = 1.0
 
@@ -47,27 +47,54 @@ class Recorder:
         if self._segments:
             segments, self._segments = self._segments, []
             run_id, store = self._run_id, self._ledger.store
-
-            def put_back() -> None:
-                self._segments = segments + self._segments
-
-            self._commit(lambda db, now: store.add_segments(db, run_id, segments), self._go_on, put_back)
+            self._commit(lambda db, now: store.add_segments(db, run_id, segments), self._go_on)
         elif self._end is not None:
-            self._commit(self._end, self._ended, lambda: None)
+            self._commit(self._end, self._ended)
 
-    def _commit(self, call: StoreCall[Change], then: Callable[[], None], refused: Callable[[], None]) -> None:
+    def _commit(self, call: StoreCall[Change], then: Callable[[], None]) -> None:
         self._busy = True
 
         def done(change: Change) -> None:
             self._busy = False
             then()
 
-        def failed(error: WhisperdError) -> None:
-            refused()
-            self._loop.call_later(_TRY_AGAIN_S, again)
+        record(self._loop, self._ledger, self._run_id, call, done, wanted=lambda: not self._dropped)
 
-        def again() -> None:
-            self._busy = False
-            self._go_on()
 
-        self._ledger.commit(call, done, failed)
+def record(
+    loop: Loop,
+    ledger: Ledger,
+    run_id: int,
+    call: StoreCall[Change],
+    then: Callable[[Change], None],
+    *,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Commit what became of a run; a full disk delays that, as long as it is `wanted`.
+
+    A call that fails otherwise would fail for ever: the run fails in its stead.
+    """
+
+    def failed(error: WhisperdError) -> None:
+        if error.code != ErrorCode.STORAGE_FULL:
+            give_up(loop, ledger, run_id, error, then)
+        else:
+            loop.call_later(_TRY_AGAIN_S, again)
+
+    def again() -> None:
+        if wanted():
+            record(loop, ledger, run_id, call, then, wanted=wanted)
+
+    ledger.commit(call, then, failed)
+
+
+def give_up(loop: Loop, ledger: Ledger, run_id: int, error: WhisperdError, then: Callable[[Change], None]) -> None:
+    """Fail a run whose rows cannot be brought further. Where even that is impossible, storage has failed."""
+
+    def failed(second: WhisperdError) -> None:
+        if second.code != ErrorCode.STORAGE_FULL:
+            ledger.storage_failed(f"run {run_id} cannot be brought to an end")
+        else:
+            loop.call_later(_TRY_AGAIN_S, lambda: give_up(loop, ledger, run_id, error, then))
+
+    ledger.commit(lambda db, now: ledger.store.fail(db, run_id, error, now), then, failed)

@@ -111,7 +111,7 @@ class Database:
         self.connection = open_database(path)
         self._commits = 0  # since the last checkpoint
         self._deliver = deliver
-        self._failed = failed
+        self.failed = failed
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
 
@@ -188,7 +188,7 @@ class Database:
                     self._checkpoint()
             except sqlite3.Error as error:
                 log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
-                self._deliver(lambda reason=str(error): self._failed(reason))  # type: ignore[misc]
+                self._deliver(lambda reason=str(error): self.failed(reason))  # type: ignore[misc]
                 return
             for call in batch:
                 self._deliver(lambda call=call: call.done(call.outcome))  # type: ignore[misc]
@@ -271,9 +271,10 @@ class Database:
             # A submit that finds its job by its key changes nothing, and is answered also now.
             if call.new_work and self.ballast.missing and self.connection.total_changes != changes:
                 raise self._full()
-        except sqlite3.Error:
-            raise
         except Exception as error:
+            # Rows that contradict each other are this call's trouble alone; other storage errors are everybody's.
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise
             if not isinstance(error, WhisperdError):
                 log.exception("store call failed")
             execute("ROLLBACK TO call")

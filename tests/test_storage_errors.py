@@ -1,0 +1,96 @@
+"""Storage that fails in other ways than by being full: no false acknowledgement, exit code 1, and no endless trying."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support import Daemon, error_of, requires_program, submit, wait_until
+from tests.tracing import traced
+
+NO_MODEL = "/nowhere/model.pt"
+
+
+def ended(daemon: Daemon) -> int:
+    """Wait for a daemon that ends by itself; return its exit code."""
+    assert daemon.process is not None
+    code = daemon.process.wait(30)
+    daemon.process = None
+    return code
+
+
+def database(daemon: Daemon) -> Path:
+    return daemon.state_dir / "whisperd.sqlite3"
+
+
+def change(daemon: Daemon, sql: str) -> None:
+    """Change the rows behind the daemon's back."""
+    with closing(sqlite3.connect(database(daemon), isolation_level=None)) as person:
+        person.execute(sql)
+
+
+# --- rows that are not as they should be ---
+
+
+def test_rows_that_contradict_each_other_fail_their_run_and_only_worse_ends_the_daemon(
+    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=str(micro), ready=True)
+
+    def running() -> int:
+        job = submit(client, recording(60))
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+        return int(job["id"])
+
+    with daemon.client() as client:
+        number = running()
+        change(daemon, "INSERT INTO transcripts SELECT id, x'80' FROM runs")  # in the way of the run's end
+        failed = client.result(number)["job"]
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "internal")
+        running()
+        change(daemon, "UPDATE runs SET state = 'odd' WHERE state = 'running'")  # nobody can make anything of it
+        assert ended(daemon) == 1
+    daemon.start(wait=False)
+    assert ended(daemon) == 4
+    assert str(daemon.state_dir) in daemon.log().splitlines()[-1]
+
+
+# --- disks that fail ---
+
+
+@requires_program("strace")
+@pytest.mark.parametrize("call", ["fsync,fdatasync", "pwrite64"])
+def test_a_disk_that_fails_at_a_commit_ends_the_daemon_without_a_reply(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path, call: str
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    log = Path(f"{database(daemon)}-wal")
+    path = recording()
+    with daemon.client() as client:
+        kept = submit(client, recording(), key="before")
+        with traced(daemon.pid, tmp_path / "trace", "-P", str(log), "-e", f"inject={call}:error=EIO"):
+            with pytest.raises((EOFError, OSError)):
+                submit(client, path, key="at")
+            assert ended(daemon) == 1
+    daemon.start()
+    with daemon.client() as client:
+        assert client.call("result", job=kept["id"])["job"]["state"] == "queued"
+        again = submit(client, path, key="at")
+        assert [job["id"] for job in client.call("jobs")["jobs"]] == [again["id"], kept["id"]]
+
+
+@requires_program("strace")
+def test_a_disk_that_fails_under_a_copy_refuses_the_submit(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
+    with daemon.client() as client:
+        with traced(copier.pid, tmp_path / "trace", "-e", "inject=fsync:error=EIO"):
+            assert error_of(lambda: submit(client, recording())) == "internal"
+        assert not list((daemon.state_dir / "spool").iterdir())
+        assert submit(client, recording())["state"] == "queued"

@@ -1,0 +1,66 @@
+"""System calls of a running process, seen and tampered with from outside: strace on the real thing."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import wait_until
+
+_CALL = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((.*)\) += (-?\d+)(.*)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemCall:
+    """A system call that came back: in the order of the trace. `arguments` name the files behind descriptors."""
+
+    pid: int
+    name: str
+    arguments: str
+    result: int
+
+
+@contextmanager
+def traced(pid: int, log: Path, *options: str) -> Iterator[None]:
+    """Attach strace to a process, its threads and what it starts from now on, for a `with` block."""
+    command = ["strace", "-f", "-y", "-ttt", "-s", "256", "-o", str(log), *options, "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    # The first line comes once it holds the process and all threads of it.
+    assert "attached" in (first := tracer.stderr.readline()), first
+    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+    wait_until(lambda: sum(_is_traced(task) for task in Path(f"/proc/{pid}/task").iterdir()) >= threads)
+    try:
+        yield
+    finally:
+        if tracer.poll() is None:
+            tracer.send_signal(signal.SIGINT)
+        tracer.communicate()
+
+
+def _is_traced(task: Path) -> bool:
+    try:
+        return "TracerPid:\t0\n" not in (task / "status").read_text()
+    except OSError:  # it has ended
+        return True
+
+
+def calls(log: Path) -> list[SystemCall]:
+    """Return the calls of a trace in the order in which they came back."""
+    begun: dict[int, str] = {}
+    found = []
+    for line in log.read_text(errors="replace").splitlines():
+        pid, _, rest = line.partition(" ")
+        if rest.endswith("<unfinished ...>"):
+            begun[int(pid)] = line.removesuffix("<unfinished ...>").rstrip()
+            continue
+        if (resumed := re.match(r"\s*\d+\.\d+ <\.\.\. \w+ resumed>(.*)$", rest)) and int(pid) in begun:
+            line = begun.pop(int(pid)) + resumed[1]
+        if match := _CALL.match(line):
+            found.append(SystemCall(pid=int(match[1]), name=match[3], arguments=match[4], result=int(match[5])))
+    return found
