@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import wait_until
+from tests.support import fill, requires_root, small_disk, wait_until
 from whisperd.daemon.store import Retention, Store
-from whisperd.daemon.store.database import Database, StateError, open_database
+from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.migrations import MIGRATIONS
+from whisperd.daemon.store.opening import StateError, open_database
 from whisperd.daemon.store.rows import Change, Event, JobRow, NewJob, RunRow
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import IllegalMove, JobState, Priority
@@ -426,9 +429,50 @@ def test_an_interrupted_download_is_pending_again_after_a_restart(book: Book) ->
 
 def test_a_newer_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "queue.sqlite3"
-    open_database(path).execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    connection = open_database(path)
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    connection.close()
+    before = path.read_bytes()
     with pytest.raises(StateError, match="newer"):
         open_database(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "and nothing is left beside it"
+
+
+def test_a_database_is_backed_up_before_it_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    shutil.copyfile(Path(__file__).with_name("data") / "queue-v1.sqlite3", path)
+    for age, name in enumerate(("before-07", "before-08")):
+        backup = path.with_name(f"queue.sqlite3.{name}")
+        backup.write_bytes(b"")
+        os.utime(backup, (age, age))
+    open_database(path, backups=2).close()
+    kept = {found.name for found in tmp_path.glob("*.before-*")}
+    assert kept == {"queue.sqlite3.before-2", "queue.sqlite3.before-08"}
+    with closing(sqlite3.connect(path.with_name("queue.sqlite3.before-2"))) as backup:
+        assert backup.execute("PRAGMA user_version").fetchone() == (1,)
+        assert backup.execute("SELECT count(*) FROM jobs").fetchone()[0] > 0
+    path.write_bytes(b"this is no database")
+    with pytest.raises(StateError, match=r"copy queue\.sqlite3\.before-2 to queue\.sqlite3 first"):
+        open_database(path)
+
+
+@requires_root
+def test_a_migration_without_room_for_a_backup_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    with small_disk(folder, "1m"):
+        path = folder / "queue.sqlite3"
+        shutil.copyfile(Path(__file__).with_name("data") / "queue-v1.sqlite3", path)
+        before = path.read_bytes()
+        fill(folder / "fill")
+        # Room for the log's index of 32 KiB, and not for a copy of 56 KiB.
+        os.truncate(folder / "fill", (folder / "fill").stat().st_size - 60 * 1024)
+        with pytest.raises(StateError, match="No space left on device"):
+            open_database(path)
+        assert path.read_bytes() == before
+        assert not list(folder.glob("*before*"))
+        (folder / "fill").unlink()
+        open_database(path).close()
 
 
 def test_a_database_of_version_1_still_opens(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ class Config:
         "forgotten and ended; it is made again when twice as much is free. 0 does without.",
         low=0,
     )
+    database_backups: int = _setting(
+        3, "Copies of the database that are kept of those made before an upgrade changes it; 0 makes none.", low=0
+    )
     disk_check_s: float = _setting(5.0, "How often the free room is looked at, in seconds.", low=0.1)
     full_disk_pause_s: float = _setting(
         10.0, "Seconds that decoding and downloads pause after they met a full disk, before they try again.", low=0.1

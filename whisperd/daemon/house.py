@@ -26,7 +26,8 @@ from whisperd.daemon.metrics import Metrics
 from whisperd.daemon.server import Peer
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
-from whisperd.daemon.store.database import Database, StateError
+from whisperd.daemon.store.database import Database
+from whisperd.daemon.store.opening import StateError
 from whisperd.daemon.store.rows import Change
 from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers

@@ -27,7 +27,8 @@ from whisperd.daemon.loop import READ, Loop
 from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
 from whisperd.daemon.store.ballast import Ballast
-from whisperd.daemon.store.database import Database, StateError
+from whisperd.daemon.store.database import Database
+from whisperd.daemon.store.opening import StateError
 from whisperd.protocol import logs, systemd
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
@@ -169,6 +170,7 @@ class _Daemon:
         database = Database(
             config.state_dir / "whisperd.sqlite3",
             ballast=Ballast(config.state_dir / "ballast", config.ballast_bytes),
+            backups=config.database_backups,
             deliver=loop.call_soon_threadsafe,
             failed=self._storage_failed,
         )

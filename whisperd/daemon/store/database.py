@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from whisperd.daemon.store.ballast import Ballast, refuses_for_want_of_room
-from whisperd.daemon.store.migrations import MIGRATIONS
+from whisperd.daemon.store.opening import open_database
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 log = logging.getLogger("whisperd.database")
@@ -37,57 +36,12 @@ _NEEDED_TO_OPEN_BYTES = 2**20  # the log, its index, and what a start-up changes
 _CHECKPOINT_EVERY = 100
 
 
-class StateError(Exception):
-    """The state folder's database cannot be opened; the message says how to go on. The daemon ends with exit code 4."""
-
-
 @dataclass(slots=True)
 class _Call:
     function: Callable[[sqlite3.Connection], Any]
     done: Callable[[Outcome], None]
     new_work: bool
     outcome: Outcome = None
-
-
-def open_database(path: Path) -> sqlite3.Connection:
-    """Open or create the database and bring it to this version's shape.
-
-    Raises `StateError` for a damaged database, one that cannot be read or written, and one of a newer version.
-    """
-    try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            raise StateError(
-                f"{path} was written by a newer whisperd (format {version}, this one knows {len(MIGRATIONS)}): "
-                "install that version again, or start with another --state-dir"
-            )
-        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("quick_check found damage")
-        if 0 < version < len(MIGRATIONS):
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the copy is of the file alone
-            _back_up(path, version)
-        for number in range(version, len(MIGRATIONS)):
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
-            )
-            log.info("database migrated to=%d", number + 1)
-    except sqlite3.Error as error:
-        raise StateError(
-            f"the database {path} cannot be opened: {error}. Check the folder's owner and free space; if the file is "
-            f"damaged, move {path.name} and its -wal and -shm away (the queue in it is lost) and start again"
-        ) from None
-    return connection
-
-
-def _back_up(path: Path, version: int) -> None:
-    backup = path.with_name(f"{path.name}.before-{version + 1}")
-    shutil.copyfile(path, backup)
-    log.info("database backup=%s", backup)
 
 
 class Database:
@@ -104,11 +58,12 @@ class Database:
         deliver: Callable[[Callable[[], None]], None],
         failed: Callable[[str], None],
         ballast: Ballast | None = None,
+        backups: int = 3,
     ) -> None:
         self.path = path
         self.ballast = ballast or Ballast(path.with_name("ballast"), 0)
         self.ballast.drop_if_full(_NEEDED_TO_OPEN_BYTES)
-        self.connection = open_database(path)
+        self.connection = open_database(path, backups=backups)
         self._commits = 0  # since the last checkpoint
         self._deliver = deliver
         self.failed = failed
