@@ -15,13 +15,21 @@ from hypothesis import strategies as st
 
 from tests.support import wait_until
 from whisperd.daemon.connection import MAX_DESCRIPTORS, Connection
+from whisperd.daemon.output_budget import OutputBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, Raw, encode_body, encode_frame, parse_body
 from whisperd.protocol.messages import Request
 
 
-def connection(open_requests: int = 64, max_output_bytes: int = 1 << 20) -> Connection:
-    return Connection(open_requests=open_requests, max_output_bytes=max_output_bytes, output=lambda: None)
+def connection(
+    open_requests: int = 64, max_output_bytes: int = 1 << 20, budget: OutputBudget | None = None
+) -> Connection:
+    return Connection(
+        open_requests=open_requests,
+        max_output_bytes=max_output_bytes,
+        budget=budget or OutputBudget(1 << 40, soon=lambda fn: fn()),
+        output=lambda: None,
+    )
 
 
 def request(number: int, op: str = "hello", **params: Any) -> bytes:
@@ -298,6 +306,39 @@ def test_events_that_nobody_reads_end_the_connection_but_a_large_reply_does_not(
         assert conn.output_bytes < 700_000
     assert conn.overflowed
     assert not conn.can_step
+
+
+def test_a_users_connections_share_what_may_lie_unread() -> None:
+    budget = OutputBudget(3 * MAX_REPLY_BYTES - 2000, soon=lambda fn: fn())
+    deaf, quick = connection(budget=budget, max_output_bytes=1 << 30), connection(budget=budget)
+    for conn in (deaf, quick):
+        conn.receive(request(1, "subscribe") + request(2))
+        steps(conn)
+        conn.reply(1, {})
+    quick.sent(quick.output_bytes)
+    deaf.reply(2, {"x": Raw(msgpack.packb(bytes(MAX_REPLY_BYTES - 1000)))})
+    started: list[int] = []
+    for number in range(3):
+        budget.reserve(lambda number=number: started.append(number))
+    assert started == [0], "one answer lies there, one is being read, and there is no room for a third"
+    budget.release()
+    assert started == [0, 1]
+    # What lies there fills the budget: nothing more is taken, and who lags is cut off, not who reads.
+    woken: list[bool] = []
+    budget.add(2 * MAX_REPLY_BYTES)
+    assert not quick.wants_input
+    budget.when_not_full(lambda: woken.append(True))
+    assert quick.push(1, {"event": "segment"})
+    assert not deaf.push(1, {"event": "segment"})
+    assert (deaf.overflowed, quick.overflowed) == (True, False)
+    deaf.drop_output()
+    assert woken == [True]
+    assert quick.wants_input
+    budget.add(-2 * MAX_REPLY_BYTES)
+    assert started == [0, 1, 2]
+    quick.drop_output()
+    budget.add(1)
+    assert not budget.full
 
 
 @settings(deadline=None)

@@ -67,7 +67,7 @@ def test_a_long_past_does_not_cut_off_who_reads_it(make_daemon: Callable[..., Da
         assert events[-1]["event"] == "end"
 
 
-def job_of_the_past(state_dir: Path, segments: list[dict[str, Any]]) -> int:
+def job_of_the_past(state_dir: Path, segments: list[dict[str, Any]], transcript: bytes = b"\x80") -> int:
     """Write the state of a daemon that has transcribed one recording; return the job's id."""
     state_dir.mkdir(mode=0o700, parents=True)
     database = Database(state_dir / "whisperd.sqlite3", deliver=lambda fn: None, failed=lambda reason: None)
@@ -90,7 +90,7 @@ def job_of_the_past(state_dir: Path, segments: list[dict[str, Any]]) -> int:
     job, run = about(database.run(lambda db: store.accept(db, new, now)))
     database.run(lambda db: store.start(db, run.id, now))
     database.run(lambda db: store.add_segments(db, run.id, segments))
-    database.run(lambda db: store.finish(db, run.id, b"\x80", now))
+    database.run(lambda db: store.finish(db, run.id, transcript, now))
     database.connection.close()
     return job.id
 

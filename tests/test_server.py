@@ -317,14 +317,15 @@ def test_a_long_list_is_sent_piece_by_piece(serve: Served) -> None:
     peer = serve.requests[-1][0]
     left = 50
 
-    def more() -> None:
+    def more(done: Callable[[], None]) -> None:
         nonlocal left
+        left -= 1
+        peer.push(1, {"event": "segment", "left": left, "segment": "x" * 200_000})
         if left:
-            left -= 1
-            peer.push(1, {"event": "segment", "left": left, "segment": "x" * 200_000})
-            peer.on_drained(more)
+            peer.in_turn(more)
+        done()
 
-    serve.do(more)
+    serve.do(lambda: peer.in_turn(more))
     assert [client.receive()["left"] for _ in range(50)] == list(range(49, -1, -1))
 
 

@@ -20,6 +20,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from whisperd.protocol.frames import MAX_REPLY_BYTES
 from whisperd.protocol.logs import LEVELS
 from whisperd.protocol.paths import Paths
 
@@ -225,6 +226,12 @@ class Config:
     )
     max_output_bytes: int = _setting(
         8 * 2**20, "Bytes of events that may wait for one slow reader; beyond it the connection is closed.", low=65536
+    )
+    output_bytes_per_user: int = _setting(
+        256 * 2**20,
+        "Bytes of output that all connections of one user may leave unread; beyond it his further answers wait, and he "
+        "is not read on.",
+        low=2 * MAX_REPLY_BYTES,
     )
     send_timeout_s: float = _setting(30.0, "Seconds that a client may leave waiting output unread.", low=0.1)
     frame_timeout_s: float = _setting(30.0, "Seconds that a frame may take from its first byte to its last.", low=0.1)

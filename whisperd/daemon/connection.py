@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from whisperd.daemon.descriptors import close_apart
+from whisperd.daemon.output_budget import OutputBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.frames import (
@@ -32,6 +33,7 @@ MAX_DESCRIPTORS = 4
 # Buffers below this are joined: a system call a buffer would cost more than the copy.
 _JOIN_BYTES = 64 * 1024
 _MAX_BUFFERS = 64
+_LAG_BYTES = 64 * 1024
 
 Dispatch = Callable[[Request, list[int]], None]
 
@@ -39,7 +41,9 @@ Dispatch = Callable[[Request, list[int]], None]
 class Connection:
     """The state of one connection. `output` is called whenever something to send, or room for requests, has come up."""
 
-    def __init__(self, *, open_requests: int, max_output_bytes: int, output: Callable[[], None]) -> None:
+    def __init__(
+        self, *, open_requests: int, max_output_bytes: int, budget: OutputBudget, output: Callable[[], None]
+    ) -> None:
         self.closed = False
         self.broken = False  # the stream cannot be read on: flush, then close
         self.overflowed = False  # the client does not read its events: close
@@ -49,6 +53,7 @@ class Connection:
         self._event_bytes = 0
         self._open_limit = open_requests
         self._max_output_bytes = max_output_bytes
+        self._budget = budget
         self._notify_output = output
         self._reader = FrameReader(max_bytes=MAX_REQUEST_BYTES)
         self._open: dict[int, bool] = {}  # id → it stays open after its reply (a subscription)
@@ -83,6 +88,7 @@ class Connection:
             not (self.closed or self.broken or self.overflowed or self.held)
             and len(self._open) < self._open_limit
             and self.output_bytes <= self._max_output_bytes
+            and not self._budget.full
         )
 
     def receive(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
@@ -165,7 +171,9 @@ class Connection:
         if number not in self._open or self.closed or self.overflowed or (skippable and self.output_bytes):
             return False
         parts = encode_frame_parts({"id": number} | dict(event))
-        if self._event_bytes + sum(map(len, parts)) > self._max_output_bytes:
+        # Where a user has used up what all his connections may hold, it is those who lag that are cut off.
+        lags = self._budget.full and self.output_bytes > _LAG_BYTES
+        if lags or self._event_bytes + sum(map(len, parts)) > self._max_output_bytes:
             self.overflowed = True
             self._notify_output()
             return False
@@ -197,6 +205,7 @@ class Connection:
         for buffer in _joined(parts):
             self._output.append((memoryview(buffer), event))
             self.output_bytes += len(buffer)
+            self._budget.add(len(buffer))
             self._event_bytes += len(buffer) if event else 0
         self._notify_output()
 
@@ -213,6 +222,7 @@ class Connection:
     def sent(self, count: int) -> None:
         """Take `count` bytes off the output."""
         self.output_bytes -= count
+        self._budget.add(-count)
         while count:
             buffer, event = self._output.popleft()
             done = min(count, len(buffer))
@@ -239,6 +249,7 @@ class Connection:
     def drop_output(self) -> None:
         """Forget what has not been sent."""
         self._output.clear()
+        self._budget.add(-self.output_bytes)
         self.output_bytes = self._event_bytes = 0
 
 

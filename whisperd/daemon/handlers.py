@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from whisperd import __version__
 from whisperd.daemon.house import House
+from whisperd.daemon.ledger import StoreCall
 from whisperd.daemon.retrying import retry
 from whisperd.daemon.server import Peer
 from whisperd.daemon.statistics import statistics
@@ -45,6 +46,8 @@ log = logging.getLogger("whisperd.handlers")
 
 _EVENT_PAGE = 500
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -70,6 +73,24 @@ class Call:
     def view(self) -> int | None:
         """Return whose jobs the caller may see; None = everybody's."""
         return self.house.view_of(self.peer)
+
+
+def _read_in_turn(
+    call: Call, read: StoreCall[T], then: Callable[[T], None], failed: Callable[[WhisperdError], None]
+) -> None:
+    """Read from the store what may be large, once the client has taken what it was sent before."""
+
+    def start(done: Callable[[], None]) -> None:
+        def settle(answer: Callable[[], None]) -> None:
+            try:
+                answer()
+            finally:
+                done()
+
+        ledger = call.house.ledger
+        ledger.read(read, lambda value: settle(lambda: then(value)), lambda error: settle(lambda: failed(error)))
+
+    call.peer.in_turn(start)
 
 
 def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int]) -> None:
@@ -142,7 +163,7 @@ def _answer(call: Call, job_id: int) -> None:
         transcript = None if answer.transcript is None else Raw(answer.transcript)
         call.reply({"job": call.show(answer.job, answer.run), "transcript": transcript})
 
-    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view), then, call.fail)
+    _read_in_turn(call, lambda db, now: store.answer(db, job_id, uid=view), then, call.fail)
 
 
 def _handle_jobs(call: Call, params: Jobs) -> None:
@@ -155,7 +176,8 @@ def _handle_jobs(call: Call, params: Jobs) -> None:
         shown = [call.show(job, run) for job, run in found[: params.limit]]
         call.reply({"jobs": shown, "more": len(found) > params.limit})
 
-    call.house.ledger.read(
+    _read_in_turn(
+        call,
         lambda db, now: store.jobs(db, uid=uid, state=params.state, before=params.before, limit=params.limit + 1),
         then,
         call.fail,
@@ -211,21 +233,20 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
     house = call.house
     subscription = Subscription(peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id)
 
-    def go_on(seq: int) -> None:
-        call.peer.on_drained(lambda: _push_events(call, job_id, seq))
-
     def then(events: list[Event]) -> None:
         if call.peer.closed:
             return
         for event in events:
             subscription.push(event)
             if call.peer.pending_output > house.config.max_output_bytes // 2:
-                go_on(event.seq)  # a reader who keeps up is not to be cut off for the length of the past
+                _push_events(
+                    call, job_id, event.seq
+                )  # a reader who keeps up is not to be cut off for the length of the past
                 return
         if events and events[-1].kind == "end":
             call.peer.finish(call.id)
         elif len(events) == _EVENT_PAGE:
-            go_on(events[-1].seq)
+            _push_events(call, job_id, events[-1].seq)
         elif job_id in house.board.jobs:
             house.watchers.subscribe(subscription)
         else:
@@ -235,7 +256,7 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
         call.peer.finish(call.id)
 
     store = house.ledger.store
-    house.ledger.read(lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE), then, failed)
+    _read_in_turn(call, lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE), then, failed)
 
 
 def _handle_model(call: Call, params: Model) -> None:

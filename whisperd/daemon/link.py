@@ -6,6 +6,7 @@ import array
 import contextlib
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -14,11 +15,14 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.connection import Connection
 from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
+from whisperd.daemon.output_budget import OutputBudget
 from whisperd.protocol.channel import received_descriptors
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
 log = logging.getLogger("whisperd.server")
+
+Turn = Callable[[Callable[[], None]], object]
 
 _READ_BYTES = 64 * 1024
 # What one connection may do in one turn of the loop before the others have theirs.
@@ -77,9 +81,13 @@ class Peer:
         """Read no further requests of this client, or go on: how it feels that it sends too fast."""
         self._link.connection.hold(held)
 
-    def on_drained(self, fn: Callable[[], object]) -> None:
-        """Call `fn` once, soon, when little output waits: for a long list that is loaded piece by piece."""
-        self._link.on_drained(fn)
+    def in_turn(self, start: Turn) -> None:
+        """Call `start(done)` when little output waits and it is its turn: for what may be large, and is read for it.
+
+        `start` gets one answer, or one piece of a long list, on its way and calls `done` once, whatever came of it;
+        only then has the next its turn. Never called where the client is gone.
+        """
+        self._link.in_turn(start)
 
 
 class _State(Enum):
@@ -104,6 +112,7 @@ class Link:
         peer_id: int,
         credentials: tuple[int, int, int],
         *,
+        budget: OutputBudget,
         dispatch: Callable[[Peer, Request, list[int]], None],
         gone: Callable[[Link], None],
         closed: Callable[[Link], None],
@@ -111,10 +120,12 @@ class Link:
         self._loop, self._config = loop, config
         self._dispatch_to, self._gone, self._closed = dispatch, gone, closed
         self._socket = sock
+        self._budget = budget
         self._state = _State.OPEN
         self.connection = Connection(
             open_requests=self._config.open_requests,
             max_output_bytes=self._config.max_output_bytes,
+            budget=budget,
             output=self._wake,
         )
         self.peer = Peer(peer_id, credentials, self)
@@ -125,7 +136,9 @@ class Link:
         self._send_timer: Timer | None = None
         self._frame_timer: Timer | None = None
         self._frame_number = 0
-        self._drained: list[Callable[[], object]] = []
+        self._turns: deque[Turn] = deque()
+        self._in_turn = False
+        self._waits_for_room = False
         self._interest = READ
         self._loop.register(sock, READ, self._on_ready)
 
@@ -186,6 +199,13 @@ class Link:
             self._interest = interest
         self._watch_frame(reading)
         self._watch_output()
+        if self._budget.full and not self._waits_for_room:
+            self._waits_for_room = True
+            self._budget.when_not_full(self._room_again)
+
+    def _room_again(self) -> None:
+        self._waits_for_room = False
+        self._wake()
 
     @property
     def _reads(self) -> bool:
@@ -259,13 +279,23 @@ class Link:
             self._progress_at = self._loop.time()
             self._blocked = count < sum(map(len, buffers))
             left -= count
-        if self._drained and self.connection.output_bytes <= _LOW_WATER_BYTES:
-            for fn in self._drained:
-                self._loop.call_soon(fn)
-            self._drained = []
+        if self._turns and not self._in_turn and self.connection.output_bytes <= _LOW_WATER_BYTES:
+            self._in_turn = True
+            self._budget.reserve(self._next_turn)
 
-    def on_drained(self, fn: Callable[[], object]) -> None:
-        self._drained.append(fn)
+    def in_turn(self, start: Turn) -> None:
+        self._turns.append(start)
+        self._wake()
+
+    def _next_turn(self) -> None:
+        if self._turns:
+            self._turns.popleft()(self._turn_over)
+        else:  # the client has gone meanwhile
+            self._turn_over()
+
+    def _turn_over(self) -> None:
+        self._in_turn = False
+        self._budget.release()
         self._wake()
 
     def _watch_output(self) -> None:
@@ -317,6 +347,7 @@ class Link:
 
     def _input_closed(self) -> None:
         self.connection.close_input()
+        self._turns.clear()
         self._gone(self)
 
     def _close(self, reason: str) -> None:
@@ -327,7 +358,6 @@ class Link:
         for timer in (self._send_timer, self._frame_timer):
             if timer is not None:
                 timer.cancel()
-        self._drained = []
         self.connection.drop_output()
         self._loop.unregister(self._socket)
         self._socket.close()

@@ -15,6 +15,7 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.link import Link, Peer
 from whisperd.daemon.listener import Listener, open_listener
 from whisperd.daemon.loop import READ, Loop, Timer
+from whisperd.daemon.output_budget import OutputBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
@@ -59,6 +60,7 @@ class Server:
         self._links: set[Link] = set()
         self._refused: set[Link] = set()
         self._per_user: Counter[int] = Counter()
+        self._budgets: dict[int, OutputBudget] = {}
         self._last_id = 0
         self._all_closed: Callable[[], object] | None = None
         self._listen()
@@ -132,12 +134,14 @@ class Server:
         if refusal is not None and len(self._refused) >= _MAX_REFUSED:
             sock.close()
             return
+        budget = self._budgets.get(uid) or OutputBudget(self.config.output_bytes_per_user, self.loop.call_soon)
         link = Link(
             self.loop,
             self.config,
             sock,
             self._last_id,
             credentials,
+            budget=budget,
             dispatch=self._dispatch,
             gone=self._gone,
             closed=self._forget,
@@ -145,6 +149,7 @@ class Server:
         if refusal is None:
             self._links.add(link)
             self._per_user[uid] += 1
+            self._budgets[uid] = budget
         else:
             log.warning("connection refused uid=%d code=%s connections=%d", uid, refusal.code, self.count)
             self._refused.add(link)
@@ -175,5 +180,5 @@ class Server:
             self._links.remove(link)
             self._per_user[link.peer.uid] -= 1
             if not self._per_user[link.peer.uid]:
-                del self._per_user[link.peer.uid]
+                del self._per_user[link.peer.uid], self._budgets[link.peer.uid]
         self._maybe_all_closed()
