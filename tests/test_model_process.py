@@ -79,6 +79,8 @@ class Helper:
                 options=parse_options(options),
                 interactive=interactive,
                 truncated=folder == "short",
+                journal=0,
+                told=0,
             )
         )
 

@@ -68,13 +68,16 @@ class Engine:
         # Upstream compiles its alignment on first use (1.7 s), and numba allows no second thread while it does.
         self.worker.call(self._turn, lambda: dtw(torch.rand(3, 4)))
 
-    def decode(self, turn: Turn, mel: torch.Tensor, options: DecodingOptions, features: torch.Tensor | None) -> Any:
+    def decode(
+        self, turn: Turn, mel: torch.Tensor, options: DecodingOptions, features: torch.Tensor | None, *, seed: int
+    ) -> DecodingResult:
         """Return the `DecodingResult` of one window, `mel` being `(n_mels, 3000)`.
 
         `features` are the window's encoder output where an earlier temperature computed it already (the result's
-        `audio_features`). Raises `WhisperdError` (`cancelled`) at the next token once the run is cancelled.
+        `audio_features`). Above temperature 0 `seed` decides what is drawn. Raises `WhisperdError` (`cancelled`) at the
+        next token once the run is cancelled.
         """
-        return self.worker.call(turn, lambda: self._decode(turn, mel, options, features))
+        return self.worker.call(turn, lambda: self._decode(turn, mel, options, features, seed))
 
     def detect_language(self, turn: Turn, mel: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Return upstream's answer: the language's token and the probability of each language's code."""
@@ -107,15 +110,17 @@ class Engine:
         return self.worker.call(turn, work)
 
     def _decode(
-        self, turn: Turn, mel: torch.Tensor, options: DecodingOptions, features: torch.Tensor | None
+        self, turn: Turn, mel: torch.Tensor, options: DecodingOptions, features: torch.Tensor | None, seed: int
     ) -> DecodingResult:
+        if options.temperature > 0:
+            torch.manual_seed(seed)  # the global generator, which nothing but this thread draws from
         with self._working_for(turn), torch.no_grad():
             if features is None:
                 features = self._whisper.encoder(self._to_device(mel)[None])[0]
             # fp16 is about the mel, which has been cast already: to whatever type the model computes in.
             task = _Task(self._whisper, replace(options, fp16=False))
             task.logit_filters.append(_EachToken(self._on_token))
-            result = task.run(features[None])[0]
+            result: DecodingResult = task.run(features[None])[0]
             self.counters.windows += 1
             return result
 

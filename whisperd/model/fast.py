@@ -16,7 +16,7 @@ from whisper import transcribe
 from whisper.audio import CHUNK_LENGTH, FRAMES_PER_SECOND, N_FRAMES
 
 from whisperd.model.coverage import without
-from whisperd.model.mel import FileMel
+from whisperd.model.mel import FileMel, MelWindow
 from whisperd.model.proxy import ProxyModel
 from whisperd.model.speech import Stretch
 
@@ -64,17 +64,18 @@ def transcribe_windows(
     mel: FileMel,
     windows: Sequence[Stretch],
     *,
-    proxy: Callable[[], ProxyModel],
+    proxy: Callable[[str], ProxyModel],
     options: Mapping[str, Any],
     at_once: int,
     on_window: Callable[[WindowResult], None],
 ) -> dict[str, Any]:
     """Return `text`, `segments` and `language`, as `whisper.transcribe` does, from these windows alone.
 
-    `proxy` makes the model for a window; `options` are upstream's keyword arguments. `on_window` hears of each window
-    in the recording's order, its segments numbered on. Raises what a window raised first; the others are given up.
+    `proxy` makes the model for a window, given a name that is the same whenever the work is done; `options` are
+    upstream's keyword arguments. `on_window` hears of each window in the recording's order, its segments numbered on.
+    Raises what a window raised first; the others are given up.
     """
-    language = options["language"] or _language(mel, windows, proxy())
+    language = options["language"] or _language(mel, windows, proxy("language"))
     shared = dict(options) | {
         "language": language,
         "condition_on_previous_text": False,
@@ -83,7 +84,9 @@ def transcribe_windows(
     }
 
     def work(window: Stretch) -> WindowResult:
-        result = transcribe(proxy(), mel, **shared | {"clip_timestamps": [window.start_s, window.end_s]})
+        result = transcribe(
+            proxy(f"{window.start_s:.3f}"), mel, **shared | {"clip_timestamps": [window.start_s, window.end_s]}
+        )
         return WindowResult(text=result["text"], segments=result["segments"], end_s=window.end_s)
 
     texts: list[str] = []
@@ -110,5 +113,5 @@ def _language(mel: FileMel, windows: Sequence[Stretch], model: ProxyModel) -> st
         return "en"
     first = 0 if not windows else round(windows[0].start_s * FRAMES_PER_SECOND)
     stop = first + N_FRAMES if not windows else round(windows[0].end_s * FRAMES_PER_SECOND)
-    _, probabilities = model.detect_language(mel.frames(first, min(stop, mel.shape[1]), N_FRAMES))
+    _, probabilities = model.detect_language(MelWindow(mel, first, min(stop, mel.shape[1]), N_FRAMES))
     return max(probabilities, key=probabilities.__getitem__)

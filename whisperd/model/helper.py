@@ -14,6 +14,7 @@ import torch
 
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
+from whisperd.model.journal import VoidJournal, fingerprint
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
 from whisperd.model.software import describe
@@ -21,7 +22,7 @@ from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
-from whisperd.protocol.helper_messages import Cancel, Failed, Finished, ModelStatus, Prioritise, Transcribe
+from whisperd.protocol.helper_messages import Cancel, Failed, Finished, JournalVoid, ModelStatus, Prioritise, Transcribe
 from whisperd.protocol.helpers import HelperLink
 
 log = logging.getLogger("whisperd.model")
@@ -168,7 +169,7 @@ class ModelHelper:
 
     def _work(self, run: Run) -> None:
         order = run.order
-        answer: Finished | Failed
+        answer: Finished | Failed | JournalVoid
         try:
             transcript = encode_body(run.transcribe().to_wire())
             if len(transcript) > _MAX_TRANSCRIPT_BYTES:
@@ -178,6 +179,9 @@ class ModelHelper:
                     "transcribe the recording in parts (clip_timestamps) or without word_timestamps",
                 )
             answer = Finished(run=order.run, generation=order.generation, transcript=transcript)
+        except VoidJournal as error:
+            log.warning("model: the journal is void run=%d reason=%s", order.run, error)
+            answer = JournalVoid(run=order.run, generation=order.generation)
         except Exception as error:
             code, message = self._failure(run, error)
             answer = Failed(run=order.run, generation=order.generation, code=code, message=message)
@@ -225,7 +229,7 @@ class ModelHelper:
 
 def status(state: str, *, name: str, error: str | None = None) -> ModelStatus:
     """Return the status of a model that is not there (yet)."""
-    return ModelStatus(state=state, name=name, device="", dtype="", error=error, capacity=0, traits={})
+    return ModelStatus(state=state, name=name, device="", dtype="", error=error, capacity=0, traits={}, fingerprint="")
 
 
 def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
@@ -238,6 +242,7 @@ def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
         error=None,
         capacity=capacity,
         traits=model.traits(),
+        fingerprint=fingerprint(model),
     )
 
 

@@ -35,7 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     prepare_environment(os.environ, cache_dir=Path(link.settings["cache_dir"]), threads=int(link.settings["threads"]))
     link.send(
         ModelStatus(
-            state="loading", name=link.settings["model"], device="", dtype="", error=None, capacity=0, traits={}
+            state="loading",
+            name=link.settings["model"],
+            device="",
+            dtype="",
+            error=None,
+            capacity=0,
+            traits={},
+            fingerprint="",
         )
     )
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +31,33 @@ KEEP_LAST_BLOCKS = 2
 
 
 class MelWindow:
-    """Frames `start` to `stop` of a recording's mel, not computed yet. Stands where transcribe expects a tensor."""
+    """Frames `start` to `stop` of a recording's mel, not computed yet. Stands where transcribe expects a tensor.
 
-    __slots__ = ("_mel", "start", "stop")
+    It is computed only when the model wants it: a run that is resumed passes over what it has had already.
+    """
 
-    def __init__(self, mel: FileMel, start: int, stop: int) -> None:
+    __slots__ = ("_length", "_mel", "_tensor", "start", "stop")
+
+    def __init__(self, mel: FileMel, start: int, stop: int, length: int = 0) -> None:
         self._mel = mel
         self.start = start
         self.stop = stop
+        self._length = length or stop - start
+        self._tensor: torch.Tensor | None = None
 
-    def padded(self, length: int) -> torch.Tensor:
-        """Return `(n_mels, length)` float32: what `pad_or_trim` makes of these frames (trimmed, or zeros behind)."""
-        return self._mel.frames(self.start, min(self.stop, self.start + length), length)
+    def padded(self, length: int) -> MelWindow:
+        """Return what `pad_or_trim` makes of these frames (trimmed, or zeros behind)."""
+        return MelWindow(self._mel, self.start, min(self.stop, self.start + length), length)
+
+    def to(self, *where: object) -> MelWindow:
+        """Stay as it is: where it is computed with, and in which type, is for the engine to say."""
+        return self
+
+    def tensor(self) -> torch.Tensor:
+        """Return `(n_mels, length)` float32, computed once."""
+        if self._tensor is None:
+            self._tensor = self._mel.frames(self.start, self.stop, self._length)
+        return self._tensor
 
 
 class FileMel:
@@ -76,6 +92,7 @@ class FileMel:
         # keeps the allocator from giving those back (measured with six files of 13 minutes: 1,560 instead of 890 MB).
         self._kept = torch.empty(self.shape) if self._keep == self._block_count else None
         self._floor: torch.Tensor | None = None
+        self._scanning = threading.Lock()
 
     @property
     def duration_s(self) -> float:
@@ -86,7 +103,7 @@ class FileMel:
         self._blocks.clear()
         self._kept = None
 
-    def scan(self) -> None:
+    def _scan(self) -> None:
         """First pass: find the loudest bin of the file, a block at a time (others get their turn in between)."""
         loudest = -math.inf
         for index in range(self._block_count):
@@ -100,16 +117,19 @@ class FileMel:
         self._on_window(start, stop)
         return MelWindow(self, start, stop)
 
-    def padded(self, length: int) -> torch.Tensor:
+    def padded(self, length: int) -> MelWindow:
         """Return the first `length` frames (for language detection)."""
-        return self.frames(0, length, length)
+        return MelWindow(self, 0, length)
 
     def frames(self, start: int, stop: int, length: int) -> torch.Tensor:
         """Return frames `start` to `stop`, zeros behind them up to `length`: `(n_mels, length)` float32."""
+        with self._scanning:
+            if self._floor is None:
+                self._scan()
         return self._worker.call(self._turn, lambda: self._frames(start, stop, length))
 
     def _frames(self, start: int, stop: int, length: int) -> torch.Tensor:
-        assert self._floor is not None, "scan comes first"
+        assert self._floor is not None, "the first pass is over"
         window = torch.zeros(self._n_mels, length)
         for index in range(start // BLOCK_FRAMES, -(-stop // BLOCK_FRAMES)):
             first = index * BLOCK_FRAMES

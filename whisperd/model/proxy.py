@@ -1,16 +1,27 @@
-"""The model as `whisper.transcribe` sees it in a job's thread: knows its dimensions, asks the engine for the rest."""
+"""The model as `whisper.transcribe` sees it in a job's thread: knows its dimensions, asks the engine for the rest.
+
+Every answer goes through the run's journal: what an earlier start of the run was told already is told again, without
+the engine.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import ModelDimensions
 from whisper.timing import WordTiming
 
 from whisperd.model.engine import Engine
+from whisperd.model.journal import Strand
+from whisperd.model.mel import MelWindow
 from whisperd.model.worker import Turn
+
+_RECORDED = [field.name for field in fields(DecodingResult) if field.name != "audio_features"]
+_NO_FEATURES = torch.empty(0)  # transcribe has no use for them
 
 
 class Listener(Protocol):
@@ -28,7 +39,7 @@ class ProxyModel:
 
     device = torch.device("cpu")
 
-    def __init__(self, engine: Engine, turn: Turn, listener: Listener) -> None:
+    def __init__(self, engine: Engine, turn: Turn, listener: Listener, strand: Strand) -> None:
         model = engine.model.whisper
         self.dims: ModelDimensions = model.dims
         self.is_multilingual: bool = model.is_multilingual
@@ -36,23 +47,49 @@ class ProxyModel:
         self.listener = listener
         self._engine = engine
         self._turn = turn
-        self._mel: torch.Tensor | None = None  # the last window and its features
+        self._strand = strand
+        self._mel: MelWindow | None = None  # the last window and its features
         self._features: torch.Tensor | None = None
 
-    def decode(self, mel: torch.Tensor, options: DecodingOptions) -> DecodingResult:
+    def decode(self, mel: MelWindow, options: DecodingOptions) -> DecodingResult:
         """Decode one window. At further temperatures the same window is not encoded again."""
-        features = self._features if mel is self._mel else None
-        self._mel = self._features = None
-        result: DecodingResult = self._engine.decode(self._turn, mel, options, features)
-        self._mel, self._features = mel, result.audio_features
-        return result
+        question = f"window {mel.start} {mel.stop} {options}"
 
-    def detect_language(self, mel: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        def answer() -> dict[str, Any]:
+            features = self._features if mel is self._mel else None
+            self._mel = self._features = None
+            seed = self._strand.seed(question)
+            result = self._engine.decode(self._turn, mel.tensor(), options, features, seed=seed)
+            self._mel, self._features = mel, result.audio_features
+            return {name: getattr(result, name) for name in _RECORDED}
+
+        self._turn.check()
+        return DecodingResult(audio_features=_NO_FEATURES, **self._strand.ask(question, answer))
+
+    def detect_language(self, mel: MelWindow) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the language's token and the probability of each language's code."""
-        return self._engine.detect_language(self._turn, mel)
+
+        def answer() -> tuple[int, dict[str, float]]:
+            token, probabilities = self._engine.detect_language(self._turn, mel.tensor())
+            return int(token), probabilities
+
+        token, probabilities = self._strand.ask(f"language {mel.start} {mel.stop}", answer)
+        return torch.tensor(token), probabilities
 
     def align(
-        self, tokenizer: Any, text_tokens: list[int], mel: torch.Tensor, num_frames: int, **options: Any
+        self, tokenizer: Any, text_tokens: list[int], mel: MelWindow, num_frames: int, **options: Any
     ) -> list[WordTiming]:
         """Return the word timings of a window (what `whisper.timing.find_alignment` gives for the real model)."""
-        return self._engine.align(self._turn, tokenizer, text_tokens, mel, num_frames, **options)
+
+        def answer() -> list[tuple[str, list[int], float, float, float]]:
+            words = self._engine.align(self._turn, tokenizer, text_tokens, mel.tensor(), num_frames, **options)
+            return [
+                (word.word, word.tokens, float(word.start), float(word.end), float(word.probability)) for word in words
+            ]
+
+        question = f"words {mel.start} {mel.stop} {num_frames} {text_tokens} {options}"
+        # numpy's numbers, as upstream has them: they round otherwise than Python's.
+        return [
+            WordTiming(word, tokens, np.float64(start), np.float64(end), np.float64(probability))
+            for word, tokens, start, end, probability in self._strand.ask(question, answer)
+        ]

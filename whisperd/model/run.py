@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from whisper.tokenizer import LANGUAGES
 from whisperd.model import fast
 from whisperd.model.coverage import coverage_of, joined
 from whisperd.model.engine import Engine
+from whisperd.model.journal import Journal, read_journal
 from whisperd.model.loading import LoadedModel
 from whisperd.model.mel import FileMel
 from whisperd.model.proxy import ProxyModel
@@ -24,7 +26,7 @@ from whisperd.model.transcript import Segment, Transcript, segment_of
 from whisperd.model.worker import Turn, Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
-from whisperd.protocol.helper_messages import HelperMessage, Progress, Segments
+from whisperd.protocol.helper_messages import HelperMessage, JournalEntry, Progress, Segments
 from whisperd.protocol.helper_messages import Transcribe as Order
 
 log = logging.getLogger("whisperd.model")
@@ -54,7 +56,7 @@ class Run:
         self.order = order
         self.turn = Turn(interactive=order.interactive)
         self.audio_s = 0.0  # how far it is
-        self._path = spool / order.folder / "audio.pcm"
+        self._folder = spool / order.folder
         self._engine = engine
         self._speech = speech
         self._fast_windows = fast_windows
@@ -64,6 +66,8 @@ class Run:
         self._on_step = on_step
         self._words = bool(order.options["word_timestamps"])
         self._total_s = 0.0
+        self._told = 0  # segments so far, those that an earlier start told included
+        self._entries = itertools.count(order.journal)
         # Upgraded daemons may have runs from before there was a choice.
         self._mode = str(order.options.get("mode") or "exact")
         self._window = (-1, -1)
@@ -72,14 +76,14 @@ class Run:
     def transcribe(self) -> Transcript:
         """Do the work and return the transcript.
 
-        Raises `WhisperdError`: `bad_request` for what this model cannot do, `cancelled`, or `internal`; and whatever
-        torch raises.
+        Raises `WhisperdError`: `bad_request` for what this model cannot do, `cancelled`, or `internal`; `VoidJournal`
+        when what an earlier start left is not of this work; and whatever torch raises.
         """
-        check_options(self.order.options, self._engine.model)
-        model = self._engine.model
+        loaded = self._engine.model
+        check_options(self.order.options, loaded)
         mel = FileMel(
-            self._path,
-            n_mels=model.whisper.dims.n_mels,
+            self._folder / "audio.pcm",
+            n_mels=loaded.whisper.dims.n_mels,
             worker=self._mel_worker,
             turn=self.turn,
             on_window=self._on_window,
@@ -87,7 +91,7 @@ class Run:
         )
         try:
             self._total_s = mel.duration_s
-            mel.scan()
+            journal = Journal(read_journal(self._folder / "journal", self.order.journal), self._record)
             options = upstream_options(self.order.options, content_frames=mel.content_frames)
             asked_for = clips_of(options["clip_timestamps"], self._total_s)
             self._track = track = SpeechTrack(
@@ -99,9 +103,10 @@ class Run:
                 on_step=self._on_step,
             )
             if self._mode == "fast":
-                result = self._transcribe_fast(mel, track, options, asked_for)
+                result = self._transcribe_fast(mel, track, journal, options, asked_for)
             else:
-                result = transcribe(ProxyModel(self._engine, self.turn, self), mel, **options)
+                model = ProxyModel(self._engine, self.turn, self, journal.strand("all"))
+                result = transcribe(model, mel, **options)
             speech = speech_in(track.probabilities(), mel.samples)
             segments = self._segments_of(result["segments"])
         finally:
@@ -112,7 +117,7 @@ class Run:
             language=result["language"],
             duration_s=self._total_s,
             segments=segments,
-            model=model.name,
+            model=loaded.name,
             truncated=self.order.truncated,
             mode=self._mode,
             coverage=coverage_of(speech, texts_of(segments), asked_for=asked_for),
@@ -126,7 +131,12 @@ class Run:
         return [replace(segment, speech=speaks(segment.start, segment.end)) for segment in segments]
 
     def _transcribe_fast(
-        self, mel: FileMel, track: SpeechTrack, options: Mapping[str, Any], asked_for: list[Stretch]
+        self,
+        mel: FileMel,
+        track: SpeechTrack,
+        journal: Journal,
+        options: Mapping[str, Any],
+        asked_for: list[Stretch],
     ) -> dict[str, Any]:
         speech = speech_in(
             track.probabilities(),
@@ -143,15 +153,21 @@ class Run:
         return fast.transcribe_windows(
             mel,
             fast.windows_of(speech, asked_for),
-            proxy=lambda: ProxyModel(self._engine, self.turn, fast.Unheard()),
+            proxy=lambda name: ProxyModel(self._engine, self.turn, fast.Unheard(), journal.strand(name)),
             options=options,
             at_once=self._fast_windows,
             on_window=on_window,
         )
 
+    def _record(self, entry: bytes) -> None:
+        self._send(JournalEntry(run=self.order.run, generation=self.order.generation, entry=entry))
+        log.debug("model: answered run=%d call=%d bytes=%d", self.order.run, next(self._entries), len(entry))
+
     def on_segments(self, segments: list[dict[str, Any]]) -> None:
-        """Pass on what a window added."""
-        wire = [segment.to_wire() for segment in self._segments_of(segments)]
+        """Pass on what a window added, unless an earlier start of the run has done so."""
+        new = segments[max(0, self.order.told - self._told) :]
+        self._told += len(segments)
+        wire = [segment.to_wire() for segment in self._segments_of(new)]
         if wire:
             self._send(Segments(run=self.order.run, generation=self.order.generation, segments=wire))
 

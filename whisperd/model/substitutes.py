@@ -5,7 +5,7 @@ names that it looks up are replaced, for this process only. Each replacement fin
 through the loop that calls it, and does what upstream does when it is not called for a run of ours.
 
 - `transcribe.log_mel_spectrogram` computes the mel of the whole file; here it returns `FileMel`, which reads as sliced.
-- `transcribe.pad_or_trim` takes tensors; here it has the window computed that was asked for, on the mel worker.
+- `transcribe.pad_or_trim` takes tensors; here a window stays a promise until the model wants it.
 - `transcribe.tqdm` draws a bar; here it sends live segments and progress, seeing the loop's own list grow.
 - `timing.find_alignment` puts hooks on the model's shared blocks; here the same function runs on the engine's thread,
   on the real model, one at a time.
@@ -46,7 +46,7 @@ def _log_mel_spectrogram(samples: Any, *args: Any, **options: Any) -> Any:
     return samples if isinstance(samples, FileMel) else audio.log_mel_spectrogram(samples, *args, **options)
 
 
-def _pad_or_trim(array: Any, length: int = audio.N_SAMPLES, *, axis: int = -1) -> torch.Tensor:
+def _pad_or_trim(array: Any, length: int = audio.N_SAMPLES, *, axis: int = -1) -> torch.Tensor | MelWindow:
     if isinstance(array, FileMel | MelWindow):
         return array.padded(length)
     result: torch.Tensor = audio.pad_or_trim(array, length, axis=axis)

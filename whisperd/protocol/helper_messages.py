@@ -14,6 +14,9 @@ from typing import Any, get_origin, get_type_hints
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
+# A window has at most 224 tokens, each of few bytes: with word times about 10 KiB.
+MAX_JOURNAL_ENTRY_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelperHello:
@@ -125,7 +128,11 @@ class FetchFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcribe:
-    """To the model helper: transcribe `<folder>/audio.pcm` with these options (as `parse_options` returns them)."""
+    """To the model helper: transcribe `<folder>/audio.pcm` with these options (as `parse_options` returns them).
+
+    A run that was cut off before has a journal: its first `journal` entries lie in `<folder>/journal`, one packed byte
+    string after the other, and its first `told` segments have been sent already.
+    """
 
     run: int
     generation: int
@@ -133,6 +140,8 @@ class Transcribe:
     options: dict[str, Any]
     interactive: bool
     truncated: bool
+    journal: int
+    told: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +151,26 @@ class Prioritise:
     run: int
     generation: int
     interactive: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalEntry:
+    """From the model helper: one answer of the model (a window, a language, word times), before what follows from it.
+
+    `entry` has at most `MAX_JOURNAL_ENTRY_BYTES` and means nothing to the daemon, which keeps it with the run.
+    """
+
+    run: int
+    generation: int
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalVoid:
+    """From the model helper, in place of an end: the journal is not that of this work. The run must begin anew."""
+
+    run: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +224,7 @@ class ModelStatus:
     """From the model helper, at each change. `traits` says what the model can do, `capacity` how many runs at once.
 
     traits: `multilingual` bool, `translates` bool, `vocabulary` int; empty until the model is ready.
+    `fingerprint` tells this model's answers from another's: a journal is good for one fingerprint.
     """
 
     state: str  # loading | ready | failed
@@ -204,6 +234,7 @@ class ModelStatus:
     error: str | None
     capacity: int
     traits: dict[str, Any]
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +262,8 @@ HelperMessage = (
     | FetchFailed
     | Transcribe
     | Prioritise
+    | JournalEntry
+    | JournalVoid
     | Segments
     | Progress
     | Finished

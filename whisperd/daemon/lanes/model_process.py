@@ -161,7 +161,14 @@ class ModelProcess:
 
     def _no_status(self, state: str, error: str | None = None) -> ModelStatus:
         return ModelStatus(
-            state=state, name=self._config.model, device="", dtype="", error=error, capacity=0, traits={}
+            state=state,
+            name=self._config.model,
+            device="",
+            dtype="",
+            error=error,
+            capacity=0,
+            traits={},
+            fingerprint="",
         )
 
     def _set_status(self, status: ModelStatus) -> None:

@@ -221,6 +221,8 @@ class ModelLane:
                     options=dict(row.options),
                     interactive=open_.priority is Priority.INTERACTIVE,
                     truncated=row.truncated,
+                    journal=0,
+                    told=0,
                 )
             )
 

@@ -1,0 +1,87 @@
+"""A real model in the test's own process, and runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import whisper
+
+from whisperd.model import substitutes
+from whisperd.model.engine import Engine
+from whisperd.model.loading import LoadedModel, load
+from whisperd.model.run import Run
+from whisperd.model.speech import SpeechDetector
+from whisperd.model.worker import Worker
+from whisperd.protocol.helper_messages import HelperMessage, Transcribe
+from whisperd.protocol.options import DEFAULTS, parse_options
+
+
+class Bench:
+    """A loaded model with its workers; makes runs of recordings in one spool folder."""
+
+    def __init__(self, model: LoadedModel, spool: Path) -> None:
+        self.model = model
+        self.on_step: Callable[[], None] = lambda: None
+        self.engine = Engine(model, on_step=lambda: self.on_step())
+        self.spool = spool
+        self._mel_worker = Worker("mel")
+        self._speech = SpeechDetector()
+        self._upstream: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, folder: str = "speech", *, journal: int = 0, told: int = 0, **options: Any
+    ) -> tuple[Run, list[HelperMessage]]:
+        """Return a run that has not begun, and the list in which what it sends will be."""
+        sent: list[HelperMessage] = []
+        order = Transcribe(
+            run=1,
+            generation=1,
+            folder=folder,
+            options=parse_options(options),
+            interactive=False,
+            truncated=False,
+            journal=journal,
+            told=told,
+        )
+        run = Run(
+            order,
+            spool=self.spool,
+            engine=self.engine,
+            speech=self._speech,
+            fast_windows=3,
+            mel_worker=self._mel_worker,
+            send=sent.append,
+            on_step=lambda: None,
+        )
+        return run, sent
+
+    def upstream(self, folder: str = "speech", **options: Any) -> dict[str, Any]:
+        """Return what `whisper.transcribe` gives for the real model and the same samples (computed once)."""
+        parsed = parse_options(options)
+        key = f"{folder} {parsed}"
+        if key not in self._upstream:
+            self._upstream[key] = self._transcribe(folder, parsed)
+        return self._upstream[key]
+
+    def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
+        pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
+        arguments = {name: parsed[name] for name in DEFAULTS}
+        arguments |= {"temperature": tuple(parsed["temperature"]), "fp16": False}
+        result: dict[str, Any] = whisper.transcribe(self.model.whisper, pcm, **arguments)
+        return result
+
+    def hooks(self) -> int:
+        """Return how many hooks are left on the decoder."""
+        return sum(len(module._forward_hooks) for module in self.model.whisper.decoder.modules())
+
+
+def open_bench(setting: str, spool: Path) -> Bench:
+    """Return the bench of a model, which computes with one thread."""
+    # The engine's thread and the test's must add up in the same order for results that are equal to the last bit.
+    torch.set_num_threads(1)
+    substitutes.install()
+    return Bench(load(setting, cache_dir=spool, device="cpu", dtype="auto", on_step=lambda: None, environ={}), spool)
