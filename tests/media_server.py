@@ -16,20 +16,25 @@ _CHUNK_BYTES = 16 * 1024
 class MediaServer:
     """Serves one recording under every name; what comes before the name says how.
 
-    `/talk.wav` at once · `/slow/…` as `go_on` allows: the first 64 KiB, the rest once it is set · `/cut/…` the first
-    half, as long as it has not been asked for the rest · `/always-cut/…` · `/status/404/…` · `/limited/7/…` 429 with
-    that Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path. `by_name` holds other
-    recordings, `refused` names that are answered with a status, `slow` names that wait for `go_on`.
+    `/talk.wav` at once · `/slow/…` as `go_on` allows: the first 64 KiB (`slow_from`), the rest once it is set ·
+    `/trickle/…` that rest at 800 kB a second until then · `/cut/…` the first half, as long as it has not been asked for
+    the rest · `/always-cut/…` · `/whole/…` whatever part is asked for · `/status/404/…` · `/limited/7/…` 429 with that
+    Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path, `parts` says where each began.
+    `by_name` holds other recordings, `refused` names that are answered with a status, `slow` names that wait for
+    `go_on`.
     """
 
-    def __init__(self, recording: Path) -> None:
+    def __init__(self, recording: Path, port: int = 0) -> None:
+        self.recording = recording
         self.content = recording.read_bytes()
         self.asked: Counter[str] = Counter()
+        self.parts: list[int] = []
         self.go_on = threading.Event()
         self.limited = True
         self.by_name: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
         self.slow: set[str] = set()
+        self.slow_from = 4 * _CHUNK_BYTES
         self._lock = threading.Lock()
         server = self
 
@@ -50,7 +55,7 @@ class MediaServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """Say nothing: clients leave when they have had enough."""
 
-        self._http = QuietServer(("127.0.0.1", 0), Handler)
+        self._http = QuietServer(("127.0.0.1", port), Handler)
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -65,14 +70,14 @@ class MediaServer:
 
     def _answer(self, request: BaseHTTPRequestHandler, how: str, *rest: str) -> None:
         match how, *rest:
-            case "status", code, _:
+            case "status", code, *_:
                 self._refuse(request, int(code))
-            case "limited", seconds, _ if self.limited:
+            case "limited", seconds, *_ if self.limited:
                 self._refuse(request, 429, ("Retry-After", seconds))
-            case "once-500", _ if self.asked[request.path] == 1:
+            case "once-500", *_ if self.asked[request.path] == 1:
                 self._refuse(request, 500)
-            case "redirect", host, name:
-                self._refuse(request, 302, ("Location", f"http://{host}:{self.port}/{name}"))
+            case "redirect", host, *path:
+                self._refuse(request, 302, ("Location", f"http://{host}:{self.port}/{'/'.join(path)}"))
             case _ if (name := request.path.rpartition("/")[2]) in self.refused:
                 self._refuse(request, self.refused[name])
             case _:
@@ -87,8 +92,12 @@ class MediaServer:
     def _send(self, request: BaseHTTPRequestHandler, how: str, content: bytes) -> None:
         start = 0
         asked = request.headers.get("Range", "")
-        if asked.startswith("bytes=") and how != "always-cut":
+        if asked.startswith("bytes=") and how not in ("always-cut", "whole"):
             start = int(asked.removeprefix("bytes=").partition("-")[0])
+        self.parts.append(start)
+        if start >= len(content):
+            self._refuse(request, 416, ("Content-Range", f"bytes */{len(content)}"))
+            return
         request.send_response(206 if start else 200)
         request.send_header("Content-Type", "text/html" if request.path.endswith(".html") else "audio/x-wav")
         request.send_header("Accept-Ranges", "bytes")
@@ -101,8 +110,8 @@ class MediaServer:
             end = len(content) // 2
         try:
             for offset in range(start, end, _CHUNK_BYTES):
-                if how == "slow" and offset >= 4 * _CHUNK_BYTES:
-                    self.go_on.wait()
+                if how in ("slow", "trickle") and offset >= self.slow_from:
+                    self.go_on.wait(0.02 if how == "trickle" else None)
                 request.wfile.write(content[offset : min(end, offset + _CHUNK_BYTES)])
         except OSError:  # it has had enough
             pass
@@ -111,9 +120,9 @@ class MediaServer:
 
 
 @contextmanager
-def serving(recording: Path) -> Iterator[MediaServer]:
-    """Serve a recording for a `with` block."""
-    server = MediaServer(recording)
+def serving(recording: Path, port: int = 0) -> Iterator[MediaServer]:
+    """Serve a recording for a `with` block; 0 = any free port."""
+    server = MediaServer(recording, port)
     try:
         yield server
     finally:

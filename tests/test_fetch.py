@@ -148,6 +148,7 @@ def watch(spool: Path, checkpoint: Callable[[float, float], None] = lambda done,
         "max_source_bytes": 1000,
         "max_audio_s": 60,
         "min_free_bytes": 0,
+        "models_url": "",
     }
     return Watch(Settings(**defaults | fields), checkpoint, clock=iter(range(0, 100, 8)).__next__)
 
@@ -219,6 +220,7 @@ guard.install()
 settings = Settings(
     spool=spool, cache_dir=spool / "cache", fetch_extractors=["generic"], fetch_cookies=sys.argv[3],
     fetch_timeout_s=20, fetch_limit_s=60, max_source_bytes=10**9, max_audio_s=3600, min_free_bytes=0,
+    models_url="",
 )
 try:
     found = Fetcher(settings, guard, {}).fetch(

@@ -22,6 +22,7 @@ from whisperd.protocol.helper_messages import (
     Fetch,
     Fetched,
     FetchFailed,
+    FetchWeights,
     Finished,
     Heartbeat,
     HelperHello,
@@ -35,6 +36,7 @@ from whisperd.protocol.helper_messages import (
     Transcribe,
     UploadBegin,
     UploadData,
+    WeightsFetched,
     from_wire,
     to_wire,
 )
@@ -50,6 +52,8 @@ MESSAGES: list[HelperMessage] = [
     Decoded(run=1, generation=2, audio_s=12.5, truncated=True),
     Fetch(run=1, generation=1, folder="ab12", source={"kind": "video", "id": "-bcdefghijk"}, uid=1000),
     Fetched(run=1, generation=1, sha256="0" * 64, size_bytes=5, title="A talk", duration_s=12.5),
+    FetchWeights(run=1, generation=2, file_name="small.pt", sha256="9e" * 32),
+    WeightsFetched(run=1, generation=2, path="/cache/models/small.pt"),
     FetchFailed(run=1, generation=1, code="fetch_rate_limited", message="wait a minute", transient=True, wait_s=60.0),
     Transcribe(
         run=1,

@@ -16,6 +16,7 @@ from whisper.model import Whisper
 from tests import models
 from whisperd.model import loading
 from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
+from whisperd.protocol.catalogue import CHECKPOINTS, HOME_URL
 from whisperd.protocol.errors import WhisperdError
 
 CPU = torch.device("cpu")
@@ -132,6 +133,11 @@ def test_turbo_is_known_by_its_shape() -> None:
 
 
 # --- names of openai-whisper's list ---
+
+
+def test_our_copy_of_the_list_is_openai_whispers() -> None:
+    assert {name: checkpoint.url(HOME_URL) for name, checkpoint in CHECKPOINTS.items()} == whisper._MODELS
+    assert list(CHECKPOINTS) == whisper.available_models()
 
 
 @pytest.mark.parametrize(("name", "file"), [("tiny.en", "tiny.en.pt"), ("turbo", "large-v3-turbo.pt")])

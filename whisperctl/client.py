@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from whisperctl.connection import Connection, seconds_left
-from whisperctl.errors import BadRequest, JobTimeout
+from whisperctl.errors import BadRequest, JobTimeout, refusal
 from whisperctl.link import Link
 from whisperctl.results import Event, Result, Segment, Transcript
 from whisperctl.sources import OpenSource, Source, open_source
@@ -262,6 +262,22 @@ class Client:
         """`load` or `unload` the model (admins) and return its state, as in `health`."""
         model: dict[str, Any] = self._link.call("model", {"action": action})["model"]
         return model
+
+    def pull_model(self, name: str, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+        """Have a model downloaded (admins), unless it is there, and return where it lies.
+
+        `on_progress(done_bytes, total_bytes)` is told how far it is. It is given up when the last client that waits
+        leaves; what has arrived stays for the next time. Raises `BadRequest` for a name that is none, and why it
+        does not come.
+        """
+        for message, is_event in self._link.stream("pull", {"model": name}):
+            if is_event and message["event"] == "progress":
+                on_progress(message["done_bytes"], message["total_bytes"])
+            elif is_event and message["event"] == "end":
+                if message["error"] is not None:
+                    raise refusal(message["error"])
+                return str(message["path"])
+        raise AssertionError("a pull has an end")
 
     def pause(self, *, free_gpu: bool = False) -> str:
         """Let accepted jobs wait (admins), and with `free_gpu` give the device's memory back; return the status."""

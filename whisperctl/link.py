@@ -115,8 +115,20 @@ class Link:
     ) -> Iterator[tuple[Mapping[str, Any], bool]]:
         """Yield what `subscribe` sends, as `(map, is_event)`: its result first, again after each reconnect.
 
-        Each subscription has a connection of its own, so that leaving it ends it and a slow reader holds up nobody.
         Raises `TimeoutError` at the deadline.
+        """
+        params = {"job": job_id, "after_seq": after_seq}
+        for message, is_event in self.stream("subscribe", params, deadline=deadline):
+            params["after_seq"] = max(params["after_seq"], message.get("seq") or 0)
+            yield message, is_event
+
+    def stream(
+        self, op: str, params: Mapping[str, Any], *, deadline: float | None = None
+    ) -> Iterator[tuple[Mapping[str, Any], bool]]:
+        """Yield the result of a request that events follow, and those, as `(map, is_event)`.
+
+        After a reconnect the request is sent again, with `params` as they are by then. Each has a connection of its
+        own, so that leaving it ends it and a slow reader holds up nobody. Raises `TimeoutError` at the deadline.
         """
         patience = self._patience(self._reconnect_s, deadline)
         while True:
@@ -126,7 +138,7 @@ class Link:
                 patience.pause_or_raise(error, hopeless=not self._met)
                 continue
             try:
-                channel.send({"id": 1, "op": "subscribe", "params": {"job": job_id, "after_seq": after_seq}})
+                channel.send({"id": 1, "op": op, "params": dict(params)})
                 while True:
                     message, _ = channel.receive(positive(seconds_left(deadline)))
                     if "event" not in message:
@@ -135,7 +147,6 @@ class Link:
                         patience.over()
                         yield message.get("result") or {}, False
                         continue
-                    after_seq = max(after_seq, message.get("seq") or 0)
                     yield message, True
             except TimeoutError:
                 raise

@@ -9,7 +9,7 @@ import click
 
 from whisperctl.exits import Exit
 from whisperctl.options import Shell, common_options, json_option
-from whisperctl.words import duration, number, paint, safe, to_json
+from whisperctl.words import bar, duration, number, paint, safe, size, to_json
 
 WATCH_S = 2.0
 _HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
@@ -73,15 +73,22 @@ def resume(shell: Shell) -> int:
 
 
 @click.command()
-@click.argument("action", type=click.Choice(("load", "unload")))
+@click.argument("action", type=click.Choice(("load", "unload", "pull")))
+@click.argument("name", required=False)
 @json_option
 @common_options
 @click.pass_obj
-def model(shell: Shell, action: str, as_json: bool) -> int:
-    """Load the model, or unload it until it is loaded again (for admins).
+def model(shell: Shell, action: str, name: str | None, as_json: bool) -> int:
+    """Load the model, or unload it until it is loaded again; or pull one (for admins).
 
-    Unloading gives all memory of the device back; running work returns to the queue.
+    Unloading gives all memory of the device back; running work returns to the queue. `pull NAME` downloads a model
+    ahead of time, whichever the daemon works with, and prints where it lies; Ctrl-C stops that, and another pull
+    goes on from there.
     """
+    if (name is None) == (action == "pull"):
+        raise click.UsageError("pull needs the NAME of a model, load and unload take none")
+    if name is not None:
+        return _pull(shell, name, as_json=as_json)
     answer = shell.client.model(action)
     if as_json:
         shell.screen.data(to_json(answer))
@@ -91,6 +98,20 @@ def model(shell: Shell, action: str, as_json: bool) -> int:
         )
     else:
         shell.screen.note(model_words(answer))
+    return Exit.DONE
+
+
+def _pull(shell: Shell, name: str, *, as_json: bool) -> int:
+    screen = shell.screen
+
+    def progressed(done_bytes: int, total_bytes: int) -> None:
+        part = done_bytes / total_bytes if total_bytes else 0.0
+        screen.status(f"{safe(name)} {bar(part)} {part:.0%} of {size(total_bytes)}")
+
+    screen.status(f"asking for model {safe(name)}")
+    path = shell.client.pull_model(name, on_progress=progressed)
+    screen.status("")
+    screen.data(to_json({"model": name, "path": path}) if as_json else safe(path))
     return Exit.DONE
 
 
@@ -135,6 +156,8 @@ def model_words(model: Mapping[str, Any]) -> str:
     if state == "ready":
         dtype = f" ({safe(model['dtype'])})" if model.get("dtype") else ""
         return f"model {name} on {safe(model.get('device', '?'))}{dtype}"
+    if state == "downloading" and model.get("progress") is not None:
+        return f"model {name} is being downloaded ({model['progress']:.0%})"
     words = {"unloaded": "not loaded", "failed": "failed to load"}.get(state, safe(state))
     return f"model {name} {words}"
 

@@ -118,4 +118,6 @@ class JobWatch:
             "failed": "waiting for model",
             "unloaded": "waiting for model",
         }.get(str(model.get("state")))
-        return f"{words} {safe(model.get('name', ''))}" if words else ""
+        progress = model.get("progress")
+        part = "" if progress is None else f" {progress:.0%}"
+        return f"{words} {safe(model.get('name', ''))}{part}" if words else ""

@@ -51,6 +51,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def bar(part: float, width: int = 24) -> str:
+    """Return how much of a whole is there as a bar of plain characters, for any terminal."""
+    full = round(width * min(1.0, max(0.0, part)))
+    return f"[{'#' * full}{'.' * (width - full)}]"
+
+
 def size(count: float) -> str:
     """Return bytes as people say them: `900 B`, `12 kB`, `3.4 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -33,7 +33,7 @@ def main() -> None:
         )
         return Copied(run=order.run, generation=order.generation, sha256=sha256, size_bytes=size_bytes)
 
-    serve(link, CopyIn, perform)
+    serve(link, {CopyIn: perform})
 
 
 def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Callable[[int], None]) -> tuple[str, int]:

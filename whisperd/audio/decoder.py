@@ -50,7 +50,7 @@ def main() -> None:
             ) from None
         return Decoded(run=order.run, generation=order.generation, audio_s=audio_s, truncated=truncated)
 
-    serve(link, Decode, perform)
+    serve(link, {Decode: perform})
 
 
 def decode(

@@ -32,7 +32,7 @@ def main() -> None:
             run=order.run, generation=order.generation, sha256=digest.hexdigest(), size_bytes=target.size_bytes
         )
 
-    serve(link, UploadBegin, perform)
+    serve(link, {UploadBegin: perform})
 
 
 def _chunks(link: HelperLink, order: UploadBegin, target: SpoolFile) -> Iterator[bytes]:

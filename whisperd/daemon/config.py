@@ -20,6 +20,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from whisperd.protocol.catalogue import HOME_URL, catalogue
 from whisperd.protocol.frames import MAX_REPLY_BYTES
 from whisperd.protocol.logs import LEVELS
 from whisperd.protocol.paths import Paths
@@ -78,6 +79,18 @@ class Config:
         "small",
         "A model's name, a checkpoint, a folder in CTranslate2's or Hugging Face's format, or `demo`.",
         flag=True,
+    )
+    models_url: str = _setting(
+        HOME_URL,
+        "Where named models that are not on this machine are downloaded from, as `URL/SHA256/NAME.pt`: OpenAI's own "
+        "address, or a mirror of it. Empty: none are downloaded.",
+        pattern=r"(https?://[^\s/]\S*)?",
+        wanted="an http or https address, or empty",
+    )
+    extra_models: tuple[str, ...] = _setting(
+        (),
+        "Models of your own, each as `NAME=SHA256`: checkpoints `NAME.pt` that are downloaded from `models_url` and "
+        "named like OpenAI's.",
     )
     device: str = _setting(
         "auto",
@@ -377,6 +390,10 @@ def _allowed(setting: Field[Any], value: str) -> bool:
 def _check_together(config: Config) -> None:
     if config.helper_backoff_max_s < config.helper_backoff_s:
         raise ConfigError("helper_backoff_max_s must not be less than helper_backoff_s")
+    try:
+        catalogue(config.extra_models)
+    except ValueError as error:
+        raise ConfigError(f"extra_models: {error}") from None
     if config.socket_group:
         group_id(config.socket_group, "socket_group")
     admin_uids(config)

@@ -23,7 +23,7 @@ from whisperd.protocol.frames import (
     encode_frame_parts,
     parse_body,
 )
-from whisperd.protocol.messages import Request, Subscribe, error_reply, ok_reply, parse_request, request_id
+from whisperd.protocol.messages import Pull, Request, Subscribe, error_reply, ok_reply, parse_request, request_id
 
 log = logging.getLogger("whisperd.connection")
 
@@ -127,7 +127,7 @@ class Connection:
         except WhisperdError as error:
             self._queue(error_reply(request_id(message), error))
             return
-        self._open[request.id] = isinstance(request.params, Subscribe)
+        self._open[request.id] = isinstance(request.params, Subscribe | Pull)
         try:
             dispatch(request, descriptors)
         except WhisperdError as error:

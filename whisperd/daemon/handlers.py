@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from whisperd import __version__
 from whisperd.daemon.house import House
+from whisperd.daemon.lanes.weights import Listener
 from whisperd.daemon.ledger import StoreCall
 from whisperd.daemon.retrying import retry
 from whisperd.daemon.server import Peer
@@ -32,6 +34,7 @@ from whisperd.protocol.messages import (
     Jobs,
     Model,
     Pause,
+    Pull,
     Request,
     Result,
     Resume,
@@ -269,6 +272,28 @@ def _handle_model(call: Call, params: Model) -> None:
     call.reply({"model": call.house.modelling.show()})
 
 
+def _handle_pull(call: Call, params: Pull) -> None:
+    """Answer that the download is asked for, push how far it is, and its end."""
+    _admins_only(call, "download models")
+    call.house.refuse_when_stopping()
+    peer, number = call.peer, call.id
+
+    def progressed(done: float, total: float) -> None:
+        event = {"id": number, "event": "progress", "done_bytes": int(done), "total_bytes": int(total)}
+        peer.push(number, event, skippable=True)
+
+    def ended(outcome: Path | WhisperdError) -> None:
+        if isinstance(outcome, WhisperdError):
+            peer.push(number, {"id": number, "event": "end", "path": None, "error": outcome.to_wire()})
+        else:
+            peer.push(number, {"id": number, "event": "end", "path": str(outcome), "error": None})
+        peer.finish(number)
+
+    call.house.weights.pull(params.model, Listener(owner=peer.id, progressed=progressed, ended=ended))
+    log.info("pull uid=%d model=%s", peer.uid, params.model)
+    call.reply({"model": params.model})
+
+
 def _handle_pause(call: Call, params: Pause) -> None:
     _admins_only(call, "pause the queue")
     call.house.refuse_when_stopping()
@@ -305,6 +330,7 @@ _HANDLERS: Mapping[type[Any], Callable[[Call, Any], None]] = {
     Forget: _handle_forget,
     Subscribe: _handle_subscribe,
     Model: _handle_model,
+    Pull: _handle_pull,
     Pause: _handle_pause,
     Resume: _handle_resume,
 }

@@ -20,6 +20,7 @@ from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
 from whisperd.daemon.lanes.modelling import ModelLane
 from whisperd.daemon.lanes.pool import Pool
+from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
@@ -78,7 +79,10 @@ class House:
             loop,
             config.full_disk_pause_s,
         )
-        self.modelling = ModelLane(loop, config, self.ledger, env)
+        self.weights = WeightsLane(
+            lambda freed: self._pool("fetcher", 1, config.fetch_timeout_s, env, freed), loop, config, env
+        )
+        self.modelling = ModelLane(loop, config, self.ledger, env, self.weights)
         self.fetching = FetchLane(
             lambda freed: self._pool("fetcher", config.fetchers, config.fetch_timeout_s, env, freed),
             self.ledger,
@@ -113,7 +117,7 @@ class House:
             "decoder": ("max_audio_s", "decode_cpu_s", "decode_memory_mb"),
             "fetcher": (
                 *("fetch_extractors", "fetch_allow_private", "fetch_cookies", "fetch_timeout_s", "fetch_limit_s"),
-                *("max_source_bytes", "max_audio_s", "min_free_bytes"),
+                *("max_source_bytes", "max_audio_s", "min_free_bytes", "models_url"),
             ),
         }
         package = "fetch" if role == "fetcher" else "audio"
@@ -171,13 +175,14 @@ class House:
         self.copying.stop()
         self.receiving.stop()
         self.fetching.stop()
+        self.weights.stop()
         self.decoding.stop()
         self.modelling.stop()
 
     def helpers_left(self) -> int:
         """Return how many helper processes have not ended."""
-        pools = sum(len(lane.pool.helpers) for lane in (self.copying, self.receiving, self.fetching, self.decoding))
-        return pools + (self.modelling.helper is not None)
+        lanes = (self.copying, self.receiving, self.fetching, self.weights, self.decoding)
+        return sum(len(lane.pool.helpers) for lane in lanes) + (self.modelling.helper is not None)
 
     def _changed(self, change: Change) -> None:
         if self.stopping:
@@ -223,6 +228,7 @@ class House:
         self.copying.client_left(peer.id)
         self.receiving.client_left(peer.id)
         self.uploads.client_left(peer)
+        self.weights.client_left(peer.id)
         for job_id in self.watchers.forget_peer(peer):
             if not self.stopping:
                 self.cancel_unheld(job_id)
@@ -270,8 +276,11 @@ class House:
         )
 
     def problems(self) -> list[str]:
-        """Return what keeps the daemon from working as it should, each with what to do."""
-        pools = (self.copying.pool.problem, self.receiving.pool.problem)
+        """Return what keeps the daemon from working as it should, each with what to do, or what is waited for."""
+        return self._faults() + [words for words in (self.modelling.process.arrival.words,) if words]
+
+    def _faults(self) -> list[str]:
+        pools = (self.copying.pool.problem, self.receiving.pool.problem, self.weights.pool.problem)
         found = [self.disk.problem, *pools, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
@@ -287,7 +296,7 @@ class House:
             return "stopping"
         if self.modelling.paused or self.modelling.held:
             return "paused"
-        if self.problems():
+        if self._faults():
             return "degraded"
         return "ready" if self.modelling.state == "ready" or self.modelling.asleep else "starting"
 

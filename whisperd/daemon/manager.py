@@ -85,7 +85,7 @@ def status_text(house: House) -> str:
                 f"on {model['device']}" if model["device"] else "unloaded until work comes"
             )
         case "starting":
-            text = f"loading the model {model['name']}"
+            text = house.modelling.process.arrival.words or f"loading the model {model['name']}"
         case other:
             text = "; ".join([other, *house.problems()])
     states = [job.state for job in house.board.jobs.values()]

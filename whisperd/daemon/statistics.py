@@ -87,6 +87,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
             "copy": _copies(house.copying),
             "upload": _copies(house.receiving),
             "fetch": house.fetching.show(),
+            "weights": house.weights.show(),
             "decode": {
                 "active": sum(house.decoding.pool.busy.values()),
                 "waiting": house.decoding.waiting,

@@ -33,7 +33,7 @@ log = logging.getLogger("whisperd.fetch")
 _CHUNK_BYTES = 2**20
 # The original language first: where a site dubs by machine, the best audio may be in another one.
 _FORMAT = "ba[format_note*=original]/ba/b"
-_SOCKET_TIMEOUT_S = 20.0
+SOCKET_TIMEOUT_S = 20.0
 
 Checkpoint = Callable[[float, float], None]
 
@@ -51,6 +51,7 @@ class Settings:
     max_source_bytes: int
     max_audio_s: float
     min_free_bytes: int
+    models_url: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ class Fetcher:
             "proxy": "",  # by an address that is really connected to, and none from the environment
             "quiet": True,
             "retries": 3,
-            "socket_timeout": min(_SOCKET_TIMEOUT_S, settings.fetch_timeout_s / 2),
+            "socket_timeout": min(SOCKET_TIMEOUT_S, settings.fetch_timeout_s / 2),
             "updatetime": False,
             "usenetrc": False,
         }

@@ -190,7 +190,7 @@ def _said(error: BaseException) -> str:
 
 
 def _rate_limited(said: str, error: HTTPError, now_s: float) -> FetchError:
-    wait_s = _retry_after_s(error.response.headers.get("Retry-After"), now_s)
+    wait_s = retry_after_s(error.response.headers.get("Retry-After"), now_s)
     return FetchError(
         ErrorCode.FETCH_RATE_LIMITED,
         f"{said}: the site has had too many requests from here; wait, and fetch less at a time",
@@ -199,7 +199,7 @@ def _rate_limited(said: str, error: HTTPError, now_s: float) -> FetchError:
     )
 
 
-def _retry_after_s(value: str | None, now_s: float) -> float:
+def retry_after_s(value: str | None, now_s: float) -> float:
     """Return the seconds that a `Retry-After` asks for (RFC 9110, 10.2.3), 0 when it says nothing that is usable."""
     if value is None:
         return 0.0

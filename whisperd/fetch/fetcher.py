@@ -1,4 +1,4 @@
-"""The fetch helper's process: one download at a time, for as long as its daemon lives."""
+"""The fetch helper's process: one download at a time, of a recording or a model, for as long as its daemon lives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from whisperd.protocol.catalogue import Checkpoint
 from whisperd.protocol.errors import ErrorCode
-from whisperd.protocol.helper_messages import Fetch, Fetched, FetchFailed, HelperMessage
+from whisperd.protocol.helper_messages import (
+    Fetch,
+    Fetched,
+    FetchFailed,
+    FetchWeights,
+    HelperMessage,
+    WeightsFetched,
+)
 from whisperd.protocol.helpers import start
-from whisperd.protocol.tasks import Task, serve
+from whisperd.protocol.tasks import Perform, Task, serve
 
 log = logging.getLogger("whisperd.fetch")
 
@@ -26,6 +34,7 @@ from whisperd.fetch.download import Fetcher, Settings  # noqa: E402
 from whisperd.fetch.explain import FetchError  # noqa: E402
 from whisperd.fetch.guard import Guard, is_anything, is_public  # noqa: E402
 from whisperd.fetch.runtime import describe, find_programs  # noqa: E402
+from whisperd.fetch.weights import WeightsFetcher  # noqa: E402
 
 
 def main() -> None:
@@ -42,11 +51,33 @@ def main() -> None:
     link.gauges = lambda: about
     link.beat()  # a short download may be over before the next one
     settings = Settings(**given | {"spool": Path(given["spool"]), "cache_dir": Path(given["cache_dir"])})
-    fetcher = Fetcher(settings, guard, programs)
+    fetcher, weights_fetcher = Fetcher(settings, guard, programs), WeightsFetcher(settings, guard, os.environ)
 
-    def perform(task: Task, order: Fetch, descriptors: list[int]) -> HelperMessage:
+    def fetch(task: Task, order: Fetch, descriptors: list[int]) -> HelperMessage:
+        found = fetcher.fetch(order.source, uid=order.uid, folder=order.folder, checkpoint=task.checkpoint)
+        return Fetched(
+            run=order.run,
+            generation=order.generation,
+            sha256=found.sha256,
+            size_bytes=found.size_bytes,
+            title=found.title,
+            duration_s=found.duration_s,
+        )
+
+    def fetch_weights(task: Task, order: FetchWeights, descriptors: list[int]) -> HelperMessage:
+        wanted = Checkpoint(file_name=order.file_name, sha256=order.sha256)
+        path = weights_fetcher.fetch(wanted, task.checkpoint)
+        return WeightsFetched(run=order.run, generation=order.generation, path=str(path))
+
+    serve(link, {Fetch: telling_why(fetch), FetchWeights: telling_why(fetch_weights)})
+
+
+def telling_why(perform: Perform) -> Perform:
+    """Return `perform` with its failures told as `FetchFailed`, which says whether to try again."""
+
+    def explained(task: Task, order: Any, descriptors: list[int]) -> HelperMessage:
         try:
-            found = fetcher.fetch(order.source, uid=order.uid, folder=order.folder, checkpoint=task.checkpoint)
+            return perform(task, order, descriptors)
         except FetchError as error:
             if error.code == ErrorCode.CANCELLED:
                 raise
@@ -59,16 +90,8 @@ def main() -> None:
                 transient=error.transient,
                 wait_s=error.wait_s,
             )
-        return Fetched(
-            run=order.run,
-            generation=order.generation,
-            sha256=found.sha256,
-            size_bytes=found.size_bytes,
-            title=found.title,
-            duration_s=found.duration_s,
-        )
 
-    serve(link, Fetch, perform)
+    return explained
 
 
 if __name__ == "__main__":

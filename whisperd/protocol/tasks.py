@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
@@ -15,6 +15,7 @@ from whisperd.protocol.helper_messages import (
     Decode,
     Failed,
     Fetch,
+    FetchWeights,
     HelperMessage,
     Progress,
     UploadBegin,
@@ -24,19 +25,16 @@ from whisperd.protocol.helpers import HelperLink
 _CHECK_S = 0.05  # how often the inbox is looked at: well under the 2 s in which a Cancel must be answered
 _PROGRESS_S = 0.3
 
-Order = TypeVar("Order", CopyIn, Decode, Fetch, UploadBegin)
+Order = CopyIn | Decode | Fetch | FetchWeights | UploadBegin
+# Gets the task, its order and the descriptors that came with it.
+Perform = Callable[["Task", Any, list[int]], HelperMessage]
 log = logging.getLogger("whisperd.helper")
 
 
 class Task:
     """One order at work: how it tells its progress and hears that it is no longer wanted."""
 
-    def __init__(
-        self,
-        link: HelperLink,
-        order: CopyIn | Decode | Fetch | UploadBegin,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, link: HelperLink, order: Order, clock: Callable[[], float] = time.monotonic) -> None:
         self._link = link
         self._order = order
         self._clock = clock
@@ -68,25 +66,22 @@ class Task:
         return self._order.run, self._order.generation
 
 
-def serve(link: HelperLink, kind: type[Order], perform: Callable[[Task, Order, list[int]], HelperMessage]) -> NoReturn:
-    """Answer orders of one kind for ever (the link ends the process with its daemon).
+def serve(link: HelperLink, performers: Mapping[type[Any], Perform]) -> NoReturn:
+    """Answer orders for ever, each kind by its performer (the link ends the process with its daemon).
 
-    `perform` gets the task, the order and its descriptors (closed here), and returns the answer or raises
-    `WhisperdError`, which becomes `Failed`.
+    A performer returns the answer or raises `WhisperdError`, which becomes `Failed`; the descriptors are closed here.
     """
     while True:
         message, descriptors = link.next()
         try:
-            if isinstance(message, kind):  # else: a Cancel that came too late
-                link.send(_answer(Task(link, message), message, descriptors, perform))
+            if isinstance(message, Order) and type(message) in performers:  # else: a Cancel that came too late
+                link.send(_answer(Task(link, message), message, descriptors, performers[type(message)]))
         finally:
             for fd in descriptors:
                 os.close(fd)
 
 
-def _answer(
-    task: Task, order: Order, descriptors: list[int], perform: Callable[[Task, Order, list[int]], HelperMessage]
-) -> HelperMessage:
+def _answer(task: Task, order: Order, descriptors: list[int], perform: Perform) -> HelperMessage:
     try:
         return perform(task, order, descriptors)
     except WhisperdError as error:

@@ -14,7 +14,11 @@ from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.lanes.arrival import Arrival
+from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.loop import Loop, Timer
+from whisperd.protocol.catalogue import CHECKPOINTS, Checkpoint
+from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.helper_messages import Heartbeat, HelperMessage, ModelStatus
 
 log = logging.getLogger("whisperd.model")
@@ -37,6 +41,7 @@ class ModelProcess:
         *,
         spool: Path,
         env: Mapping[str, str],
+        weights: WeightsLane,
         on_status: Callable[[], None],
         on_message: Callable[[HelperMessage], None],
         on_gone: Callable[[bool], None],
@@ -58,6 +63,8 @@ class ModelProcess:
         self.starts = 0
         self.crashes = 0
         self.gauges: dict[str, Any] = {}
+        self.arrival = Arrival(weights, config.model, on_status, self._arrived)
+        weights.fetched = self._weights_fetched
 
     def show(self) -> dict[str, Any]:
         """Return `model` as `health` shows it."""
@@ -68,6 +75,7 @@ class ModelProcess:
             "device": status.device,
             "dtype": status.dtype,
             "error": status.error,
+            "progress": self.arrival.progress,
         }
 
     @property
@@ -94,6 +102,7 @@ class ModelProcess:
     def unload(self) -> None:
         """End the helper, which gives all its memory back."""
         self.held, self.asleep = True, False
+        self.arrival.give_up()
         self._set_status(self._no_status("unloaded"))
         if self._restart is not None:
             self._restart.cancel()
@@ -119,12 +128,27 @@ class ModelProcess:
         assert self.helper is not None
         self.helper.kill(reason)
 
+    def _arrived(self, error: WhisperdError | None) -> None:
+        if error is None:
+            self._spawn()
+        else:
+            self._set_status(self._no_status("failed", error.message))
+
+    def _weights_fetched(self, wanted: Checkpoint) -> None:
+        """A model's file has come: the one that was missing or damaged here is tried again."""
+        if self.status.state == "failed" and wanted == self.arrival.wanted:
+            self.load()
+
     def _spawn(self) -> None:
+        self.identity = model_identity(self._config, self.arrival.wanted)
+        if self.arrival.is_needed():
+            self._set_status(self._no_status("downloading"))
+            self.arrival.begin()
+            return
         self.starts += 1
         self._ending = ""
         self._last_beat, self._last_beat_at = -1, self._loop.time()
         config = self._config
-        self.identity = model_identity(config)
         self._set_status(self._no_status("loading"))
         try:
             self.helper = helper = self._start_helper()
@@ -144,7 +168,7 @@ class ModelProcess:
             settings={
                 "spool": str(self._spool),
                 "cache_dir": str(config.cache_dir),
-                "model": config.model,
+                "model": self.arrival.path or config.model,
                 "device": config.device,
                 "threads": config.threads,
                 "dtype": config.dtype,
@@ -245,12 +269,14 @@ class ModelProcess:
             self._spawn()
 
 
-def model_identity(config: Config) -> list[Any]:
+def model_identity(config: Config, named: Checkpoint | None) -> list[Any]:
     """Return what tells one model's results from another's: its name and type, and a file's size and age.
 
     As of the helper's start: a file that is replaced under a loaded model does not change what that answers.
     """
     identity: list[Any] = [config.model, config.dtype]
+    if named is not None:  # a name of the configuration's own list may come to mean another file
+        return identity if config.model in CHECKPOINTS else [*identity, named.sha256]
     for path in (Path(config.model, "model.bin"), Path(config.model)):
         with contextlib.suppress(OSError):  # not a folder; or a name, not a path
             status = path.stat()

@@ -13,6 +13,7 @@ from whisperd.daemon.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.model_process import ModelProcess
 from whisperd.daemon.lanes.recording import Recorder, give_up, record
+from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import pick
@@ -48,19 +49,23 @@ class _Open:
 class ModelLane:
     """The open runs of one model helper. `process` is that helper, from load to unload."""
 
-    def __init__(self, loop: Loop, config: Config, ledger: Ledger, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, loop: Loop, config: Config, ledger: Ledger, env: Mapping[str, str], weights: WeightsLane
+    ) -> None:
         self._loop, self._config, self._ledger = loop, config, ledger
         self.process = ModelProcess(
             loop,
             config,
             spool=ledger.spool.path,
             env=env,
+            weights=weights,
             on_status=self._status_changed,
             on_message=self._on_message,
             on_gone=self._on_gone,
             is_busy=lambda: bool(self._open),
         )
         self._open: dict[int, _Open] = {}
+        self._told_of_arrival = ""
         self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
         self._freed = False  # the pause has unloaded the model, so `resume` loads it
@@ -75,7 +80,7 @@ class ModelLane:
 
     @property
     def state(self) -> str:
-        """`unloaded`, `loading`, `ready` or `failed`."""
+        """`unloaded`, `downloading`, `loading`, `ready` or `failed`."""
         return self.process.status.state
 
     @property
@@ -144,7 +149,19 @@ class ModelLane:
 
     def _status_changed(self) -> None:
         self.status_changed()
+        if self.process.arrival.words or self._told_of_arrival:
+            self._tell_of_arrival()
         self.pump()
+
+    def _tell_of_arrival(self) -> None:
+        """The model is being downloaded: say how far that is where its end is waited for."""
+        words = self._told_of_arrival = self.process.arrival.words
+        for live in self.candidates():
+            live.phase = words or "waiting for the model"
+            for job in self._ledger.board.jobs_of(live.row.id):
+                if self._ledger.watchers.watched(job.id):
+                    payload = {"progress": 0.0, "phase": live.phase, "position": None, "eta_s": None}
+                    self._ledger.watchers.publish_progress(job.id, payload)
 
     # -- giving out work -------------------------------------------------------------------------------------------
 

@@ -152,6 +152,12 @@ class Pool:
                 worker.helper.send(Cancel(run=run, generation=worker.task.generation))
                 self._set_timer(worker, self._config.cancel_grace_s, "did not give up a cancelled task")
 
+    def dismiss(self) -> None:
+        """End the helpers that have nothing to do; the next task starts one."""
+        for worker in [worker for worker in self._workers if worker.task is None]:
+            self._workers.remove(worker)
+            worker.helper.close()
+
     def stop(self) -> None:
         """End all helpers; their tasks are lost without a call."""
         self._stopping = True
