@@ -25,11 +25,13 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
         {"whisperd.protocol"},
         {"torch", "whisper", "numpy", "numba", "safetensors", "silero_vad", "msgpack", "tiktoken", "tqdm"},
     ),
-    "whisperctl": ({"whisperd.protocol"}, {"click", "msgpack", "pysubs2"}),
+    "whisperctl": ({"whisperd.protocol", "whisperctl.dashboard"}, {"click", "msgpack", "pysubs2"}),
+    "whisperctl.dashboard": ({"whisperd.protocol", "whisperctl"}, {"rich"}),
 }
 # Each heavy library has one room that knows it.
 OWNERS = {
     "av": "whisperd.audio",
+    "rich": "whisperctl.dashboard",
     "safetensors": "whisperd.model",
     "silero_vad": "whisperd.model",
     "torch": "whisperd.model",

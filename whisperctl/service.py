@@ -11,7 +11,6 @@ from whisperctl.exits import Exit
 from whisperctl.options import Shell, common_options, json_option
 from whisperctl.words import bar, duration, number, paint, safe, size, to_json
 
-WATCH_S = 2.0
 _HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
 
 
@@ -30,27 +29,33 @@ def health(shell: Shell, as_json: bool) -> int:
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Show it again every two seconds, until Ctrl-C.")
+@click.option("--prometheus", is_flag=True, help="Write it in Prometheus' text format.")
 @json_option
 @common_options
 @click.pass_obj
-def stats(shell: Shell, watch: bool, as_json: bool) -> int:
-    """Tell what the daemon has done and is doing, in numbers."""
-    import time
+def stats(shell: Shell, watch: bool, prometheus: bool, as_json: bool) -> int:
+    """Tell what the daemon has done and is doing, in numbers.
 
+    With --watch on a terminal as a screen (needs whisperd[watch]), elsewhere and on a dumb terminal as a line a look.
+    A daemon that restarts meanwhile is waited for.
+    """
+    if prometheus and (watch or as_json):
+        raise click.UsageError("--prometheus goes with neither --watch nor --json")
+    if watch:
+        from whisperctl.watching import watch as watch_daemon
+
+        watch_daemon(shell, as_json=as_json)
+    screen, answer = shell.screen, shell.client.stats()
+    if prometheus:
+        from whisperctl.prometheus import exposition
+
+        screen.data(exposition(answer, shell.client.health()).removesuffix("\n"))
+        return Exit.DONE
     from whisperctl.render import stats_lines
 
-    screen = shell.screen
-    while True:
-        answer = shell.client.stats()
-        if watch and screen.is_terminal and not as_json:
-            click.clear()
-        for line in [to_json(answer)] if as_json else stats_lines(answer, colours=screen.colours):
-            screen.data(line)
-        if not watch:
-            return Exit.DONE
-        if not as_json and not screen.is_terminal:
-            screen.data("")
-        time.sleep(WATCH_S)  # the numbers have no event that says when to look again
+    for line in [to_json(answer)] if as_json else stats_lines(answer, colours=screen.colours):
+        screen.data(line)
+    return Exit.DONE
 
 
 @click.command()

@@ -34,6 +34,8 @@ class Screen:
         self.is_terminal = self._out.isatty()
         self.colours = self.is_terminal and not plain
         self.has_status = progress and not quiet and not dumb and self._err.isatty()
+        # Where more than lines can be drawn.
+        self.is_canvas = self.is_terminal and not dumb and "utf" in (self._out.encoding or "").lower()
         self._status = ""
         self._shown = False
         self._trouble = ""
