@@ -255,3 +255,20 @@ def test_a_socket_may_stand_in_place_of_the_address(daemon: YouTubeDaemon) -> No
 def test_another_machine_is_refused_with_another_way() -> None:
     with pytest.raises(ValueError, match=re.escape("ssh -L")):
         WhisperAPIClient("http://gpu.example.org:8765")
+
+
+def test_the_page_about_moving_is_true(daemon: YouTubeDaemon, video: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program runs, with the ids of the test, after the import is changed and nothing else."""
+    page = (Path(__file__).parents[1] / "docs/moving.md").read_text()
+    before, after, ladder = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert before.splitlines()[1:] == after.splitlines()[1:], "only the import differs"
+    monkeypatch.setenv("WHISPERD_SOCKET", str(daemon.socket))
+    names: dict[str, Any] = {}
+    exec(after.replace("dQw4w9WgXcQ", video).replace("9bZkp7q19f0", video), names)
+    assert names["text"] in (names["later"], until_text(names["client"], video))
+    names["client"].close()
+    exec(ladder, names)
+    shared = names["transcriber"]()
+    assert isinstance(shared, WhisperTranscriberCompat)
+    assert shared.transcribe_video(video) == names["text"]
+    shared.close()
