@@ -84,13 +84,15 @@ def test_a_disk_that_fails_at_a_commit_ends_the_daemon_without_a_reply(
 
 
 @requires_program("strace")
+@pytest.mark.parametrize("call", ["fsync", "sync_file_range"])
 def test_a_disk_that_fails_under_a_copy_refuses_the_submit(
-    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path, call: str
 ) -> None:
+    """The second is told once, while a long file is still being written; the `fsync` in the end would be clean."""
     daemon = start_daemon(model=NO_MODEL)
     (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
     with daemon.client() as client:
-        with traced(copier.pid, tmp_path / "trace", "-e", "inject=fsync:error=EIO"):
-            assert error_of(lambda: submit(client, recording())) == "internal"
+        with traced(copier.pid, tmp_path / "trace", "-e", f"inject={call}:error=EIO"):
+            assert error_of(lambda: submit(client, recording(600))) == "internal"
         assert not list((daemon.state_dir / "spool").iterdir())
         assert submit(client, recording())["state"] == "queued"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +26,21 @@ class SystemCall:
 
 
 @contextmanager
-def traced(pid: int, log: Path, *options: str) -> Iterator[None]:
-    """Attach strace to a process, its threads and what it starts from now on, for a `with` block."""
-    command = ["strace", "-f", "-y", "-ttt", "-s", "256", "-o", str(log), *options, "-p", str(pid)]
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert tracer.stderr is not None
-    # The first line comes once it holds the process and all threads of it.
-    assert "attached" in (first := tracer.stderr.readline()), first
-    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    wait_until(lambda: sum(_is_traced(task) for task in Path(f"/proc/{pid}/task").iterdir()) >= threads)
+def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None]:
+    """Attach strace to processes, their threads and what they start from now on, for a `with` block."""
+    pids = [pids] if isinstance(pids, int) else pids
+    command = ["strace", "-f", "-y", "-ttt", "-s", "256", "-o", str(log), *options]
+    for pid in pids:
+        command += ["-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    wait_until(lambda: tracer.poll() is not None or all(map(_is_traced, tasks)), message="strace holds every thread")
+    assert tracer.poll() is None, "strace ended at once: may it trace here?"
     try:
         yield
     finally:
-        if tracer.poll() is None:
-            tracer.send_signal(signal.SIGINT)
-        tracer.communicate()
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait()
 
 
 def _is_traced(task: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ _WRITE_OUT_BYTES = 8 * 2**20
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range(2)
 
-_libc = ctypes.CDLL(None)
+# File systems that do not know the call; for them there is only `fsync`.
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
+
+_libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
@@ -47,16 +51,21 @@ class SpoolFile:
             self._write_out()
 
     def _write_out(self) -> None:
-        """Start writing what is new, wait for what was started last time.
-
-        A hint: an error (a file system that cannot) costs nothing, as `sync` tells in the end.
-        """
+        """Start writing what is new, wait for what was started last time. Raises `OSError`."""
         start, end = self._written_out, self.size_bytes
-        _libc.sync_file_range(self._fd, start, end - start, _WRITE)
+        self._sync_range(start, end - start, _WRITE)
         if start:
             before = max(0, start - _WRITE_OUT_BYTES)
-            _libc.sync_file_range(self._fd, before, start - before, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            self._sync_range(before, start - before, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
         self._written_out = end
+
+    def _sync_range(self, offset: int, size_bytes: int, flags: int) -> None:
+        """A write that failed is told once a descriptor: who passes over it here gets a clean `fsync` in the end."""
+        if _libc.sync_file_range(self._fd, offset, size_bytes, flags) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in _CANNOT:
+            raise OSError(number, os.strerror(number))
 
     def sync(self) -> None:
         """Return once everything is on the disk. Raises `OSError`."""

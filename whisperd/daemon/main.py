@@ -32,6 +32,7 @@ from whisperd.daemon.store.opening import StateError
 from whisperd.protocol import logs, systemd
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
+from whisperd.protocol.spoolfolder import sync_folder
 
 log = logging.getLogger("whisperd")
 
@@ -127,7 +128,10 @@ def serve(config: Config, listener: Listener | None = None, *, until_eof: bool =
     locks = []
     try:
         for folder in (config.state_dir, config.cache_dir):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, parents=True)
+                with contextlib.suppress(PermissionError):  # a folder above us may be closed to us
+                    sync_folder(folder.parent)
         locks.append(_lock(config.state_dir / "whisperd.lock"))
     except OSError as error:
         raise _CannotStart(

@@ -47,7 +47,9 @@ class Spool:
     def make(self) -> None:
         """Make the spool where it is not there (any more): who deletes it loses what is queued, not what comes."""
         for folder in (self.path, self.downloads):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, parents=True)
+                sync_folder(folder.parent)  # what is made durable in it must not go with its own name
 
     def adopt(self, folder: str) -> None:
         """Move a complete download into the spool, durable; once more does no harm. Not for the loop.
