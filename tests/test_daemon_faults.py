@@ -473,3 +473,22 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_loop(
         hostile.send("submit", descriptors=[hanging()], source={"kind": "fd", "name": "talk"})
         wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
         assert client.call("health")["queue"]["depth"] == 2
+
+
+@requires_root
+def test_helpers_start_while_a_file_that_hangs_is_held(
+    start_daemon: Callable[..., Daemon], hanging: Callable[[], int], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, copiers=4)
+    with daemon.client() as client, daemon.client() as hostile:
+        source = {"kind": "fd", "name": "talk"}
+        for copies in (1, 2):
+            hostile.send("submit", descriptors=[hanging()], source=source)
+            wait_until(lambda copies=copies: client.call("stats")["lanes"]["copy"]["active"] == copies)
+        # The copiers that are there wait for the hanging files: this takes a new one.
+        job = submit(client, recording())
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
+        for helper in daemon.helpers("whisperd.audio.decoder"):
+            helper.kill()
+        again = submit(client, recording())
+        wait_until(lambda: client.call("result", job=again["id"])["job"]["audio_s"])

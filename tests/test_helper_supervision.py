@@ -19,6 +19,7 @@ from tests.support import wait_until
 from tests.watched_helper import Watched
 from whisperd.daemon.helper import ExitReason, Helper
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.spawning import spawner
 from whisperd.protocol.helper_messages import Copied, Failed, Finished
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def loop() -> Iterator[Loop]:
 @pytest.fixture
 def watch(loop: Loop) -> Iterator[Callable[..., Watched]]:
     """A function that starts a helper; it ends with the test, and leaves no descriptor behind."""
+    spawner()  # it stays, once it is there
     before = len(os.listdir("/proc/self/fd"))
     watched: list[Watched] = []
 

@@ -2,8 +2,8 @@
 
 That may be a FUSE file system of the client's own, or on a server that hangs: fstat(2) and even close(2) then wait for
 its answer, as long as it likes. Reading is the copier's; the loop looks and closes by what is here.
-Not covered: a helper that is started while such a descriptor is held has to close its inherited copy first, and we wait
-for that; and a process that holds one ends only when the file system lets it.
+Helpers are started where no such descriptor is (`spawning`).
+Not covered: a process that holds one, or closes one, ends only when the file system lets it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import whisperd
+from whisperd.daemon.spawning import spawner
 from whisperd.protocol.systemd import peer_uid
 
 
@@ -39,15 +40,15 @@ class ChildProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._env = dict(env)
         self.socket, self._theirs = socket.socketpair()
-        arguments = ["--fd", str(self._theirs.fileno()), "--nice", str(nice), "--log-level", log_level]
-        self._command = [*_python(), "-m", module, *arguments]
+        python = _python()
+        self._command = lambda fd: [
+            *(*python, "-m", module),
+            *("--fd", str(fd), "--nice", str(nice), "--log-level", log_level),
+        ]
 
     def start(self) -> None:
         with self._theirs:
-            fd = self._theirs.fileno()
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[fd], env=self._env
-            )
+            self._process = spawner().start(self._command, self._theirs.fileno(), self._env)
         self.pid = self._process.pid
         try:
             self.end_fd = os.pidfd_open(self.pid)

@@ -26,6 +26,7 @@ from whisperd.daemon.listener import Listener, SocketTakenError, inherited_liste
 from whisperd.daemon.loop import READ, Loop
 from whisperd.daemon.manager import ServiceManager
 from whisperd.daemon.server import Server
+from whisperd.daemon.spawning import spawner
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.opening import StateError
@@ -125,6 +126,7 @@ def serve(config: Config, listener: Listener | None = None, *, until_eof: bool =
     # The soft limit, often 1,024, is kept low for programs that use select(2); the loop does not.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    spawner()  # before any descriptor that it should not have
     locks = []
     try:
         for folder in (config.state_dir, config.cache_dir):
