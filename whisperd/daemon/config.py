@@ -194,7 +194,13 @@ class Config:
         "Socket of `whisperd-fetch.socket`: each download runs in an instance of that unit. Empty: in the daemon's own "
         "processes.",
     )
-    fetchers: int = _setting(2, "Processes that download, one recording at a time each.", low=1, high=64)
+    fetchers: int = _setting(
+        2,
+        "Processes that download, one recording at a time each. Of several, one is kept for interactive jobs: 2 means "
+        "one background download at a time, which sites take better than many.",
+        low=1,
+        high=64,
+    )
     fetch_timeout_s: float = _setting(120.0, "Seconds without a byte after which a download is given up.", low=1)
     fetch_limit_s: float = _setting(7200.0, "Seconds that one download may take in all.", low=1)
     fetch_ahead_bytes: int = _setting(

@@ -22,6 +22,7 @@ from typing import Any
 
 from yt_dlp import YoutubeDL
 from yt_dlp.extractor import gen_extractor_classes
+from yt_dlp.networking.exceptions import RequestError
 
 from whisperd.fetch.explain import FetchError, explain
 from whisperd.fetch.guard import Guard, forbidden_address
@@ -121,7 +122,7 @@ class Fetcher:
                 raise explain(watch.ended) from None
             if self._guard.refused is not None:
                 raise explain(forbidden_address(self._guard.refused)) from None
-            raise explain(error) from None
+            raise explain(error, last_refusal=watch.refused) from None
         return info or {}
 
     def _options(self, partial: Path, watch: Watch, cookies: io.StringIO | None) -> dict[str, Any]:
@@ -168,7 +169,11 @@ class _Downloader(YoutubeDL):  # type: ignore[misc]
     def urlopen(self, req: Any) -> Any:
         """As yt-dlp's; a download that is not wanted any more makes no further request."""
         self._watch.look()
-        return super().urlopen(req)
+        try:
+            return super().urlopen(req)
+        except RequestError as error:
+            self._watch.refused = error
+            raise
 
     def process_ie_result(self, ie_result: dict[str, Any], download: bool = True, extra_info: Any = None) -> Any:
         """As yt-dlp's, but a list of videos is refused: each is to be a job of its own."""
@@ -186,6 +191,7 @@ class Watch:
         self._done, self._total = 0.0, 0.0
         # What ended it. Extractors catch much on their way, so it is kept, and raised again at the next look.
         self.ended: WhisperdError | None = None
+        self.refused: RequestError | None = None  # the last request that got no answer, or a bad one
 
     def look(self) -> None:
         """Raise what ends the download: a cancel, its time, or what ended it before."""

@@ -50,6 +50,8 @@ def _rule(pattern: str, code: ErrorCode, advice: str, *, transient: bool = False
     )
 
 
+_NO_ANSWER = re.compile(r"Failed to extract any player response")
+
 # The first that fits wins: what is said in particular stands before what is said in general.
 _RULES: tuple[_Rule, ...] = (
     _rule(
@@ -142,8 +144,16 @@ _RULES: tuple[_Rule, ...] = (
 )
 
 
-def explain(error: BaseException, *, now_s: float | None = None) -> FetchError:
-    """Return what an exception of yt-dlp means. `now_s` (Unix seconds) is for `Retry-After` dates."""
+def explain(
+    error: BaseException, *, last_refusal: RequestError | None = None, now_s: float | None = None
+) -> FetchError:
+    """Return what an exception of yt-dlp means. `now_s` (Unix seconds) is for `Retry-After` dates.
+
+    `last_refusal` is the last request that failed: an extractor that goes through several of YouTube's players takes
+    the failure of each for a warning, and in the end only says that none has answered.
+    """
+    if last_refusal is not None and _NO_ANSWER.search(str(error)):
+        return explain(last_refusal, now_s=now_s)
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, FetchError):
