@@ -112,7 +112,16 @@ def loaded(statement: str) -> set[str]:
 HEAVY = {"torch", "av", "whisper", "yt_dlp", "numpy", "numba", "tiktoken"}
 
 
-@pytest.mark.parametrize("statement", ["import whisperctl.cli", "from whisperctl import Client; Client"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import whisperctl.cli",
+        "from whisperctl import Client; Client",
+        "import whisperctl.compat",
+        "import whisperctl.inspection",
+        "import whisperctl.watching",
+    ],
+)
 def test_the_client_is_light(statement: str) -> None:
     heavy = HEAVY | {"sqlite3", "psutil", "rich", "pysubs2", "importlib.metadata", "asyncio", "whisperd.daemon"}
     assert not loaded(statement) & heavy

@@ -167,6 +167,11 @@ def test_what_is_no_fault(peer: Peer) -> None:
     steps = inspect(peer)
     assert crosses(steps) == set()
     assert "no CUDA: no driver" in steps["device"].told
+    peer.health["model"] |= {"state": "unloaded", "device": "", "dtype": ""}
+    peer.stats["software"] |= {"cuda_devices": 2, "cuda_problem": None}
+    steps = inspect(peer)
+    assert crosses(steps) == set(), "asleep until the next job"
+    assert "it sees CUDA (2)" in steps["device"].told
     peer.stats["lanes"]["fetch"] = {"extractors": []}
     assert crosses(inspect(peer)) == set()
 
@@ -188,7 +193,7 @@ def test_a_loading_model_is_waited_for(peer: Peer) -> None:
         peer.health["model"]["state"] = "ready" if len(told) > 2 else "loading"
 
     assert crosses(inspect(peer, tell=told.append, sleep=sleep)) == set()
-    assert told[:2] == ["loading model micro"] * 2
+    assert told[:2] == ["model micro loading"] * 2
     peer.health["model"]["state"] = "loading"
     clock = iter(range(0, 10_000, 100))
     steps = inspect(peer, clock=lambda: next(clock), sleep=lambda seconds: None)

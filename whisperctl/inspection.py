@@ -19,6 +19,7 @@ import whisperd
 from whisperctl.client import Client
 from whisperctl.connection import seconds_left
 from whisperctl.errors import BadRequest, JobTimeout
+from whisperctl.service import model_words
 from whisperctl.words import duration, size
 from whisperd import __version__
 from whisperd.protocol import PROTOCOL_VERSION
@@ -123,7 +124,7 @@ class Inspection:
         deadline = self._clock() + self._timeout_s
         # Loading has no event that tells of its end.
         while (state := self._model_of_health()["state"]) in ("loading", "downloading") and self._clock() < deadline:
-            self._tell(f"{state} model {self._model_of_health().get('name')}")
+            self._tell(model_words(self._model_of_health()))
             self._sleep(_LOOK_AGAIN_S)
             self._health = self._client.health()
         model = self._model_of_health()
@@ -152,14 +153,15 @@ class Inspection:
         except BadRequest:  # an older daemon
             self._stats = self._client.stats()
         software, model = _map(self._stats, "software"), self._model_of_health()
-        device, torch = str(model.get("device") or "no device"), software.get("torch")
+        device, torch = str(model.get("device") or ""), software.get("torch")
         if torch is None:
             raise _Wrong("the model's process has not told its torch", "see the daemon's log: does the model load?")
-        where = f"{device} ({model['dtype']})" if model.get("dtype") else device
+        where = f"{device} ({model['dtype']})" if model.get("dtype") else device or "no device while it is unloaded"
         if device.startswith("cuda"):
             return f"{where}, torch {torch} for CUDA {software.get('cuda')}"
         if seen := software.get("cuda_devices"):
-            return f"{where}, torch {torch}; it sees CUDA ({seen}), and the setting device says otherwise"
+            other = " and is told to use another (setting device)" if device else ""
+            return f"{where}, torch {torch}; it sees CUDA ({seen}){other}"
         return f"{where}, torch {torch}; no CUDA: {software.get('cuda_problem')}"
 
     def _ffmpeg(self) -> str:
