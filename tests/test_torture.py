@@ -1,0 +1,13 @@
+"""A short `make torture`: the same blows, clients and oracle as in the long one, by a fixed seed."""
+
+from __future__ import annotations
+
+from torture.kills import Plan, torture
+
+
+def test_a_short_torture_loses_nothing() -> None:
+    report = torture(Plan(seed=4, minutes=0.25, kills=12, pause_s=0.4, clients=3, deep=6))
+    assert report.violations == [], str(report)
+    assert report.counts["kills in all"] > 0
+    assert report.counts["submits acknowledged"] > 0
+    assert report.counts["ends: done"] > 0
