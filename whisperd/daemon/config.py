@@ -176,6 +176,12 @@ class Config:
     keep_failed_audio_hours: float = _setting(
         24.0, "Hours that the audio of failed and cancelled jobs is kept for `retry`.", low=0
     )
+    clock_grace_hours: float = _setting(
+        24.0,
+        "When the machine's date jumps ahead by more than a day, nothing is deleted for its age until the date has "
+        "stood for so many hours. 0 believes any date.",
+        low=0,
+    )
 
     # --- fetching ---
     fetch_extractors: tuple[str, ...] = _setting(

@@ -15,6 +15,7 @@ from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.disk import Disk
+from whisperd.daemon.housekeeping import ClockGuard, Housekeeping, seen_at
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
@@ -37,8 +38,6 @@ from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd")
-
-_HOUSEKEEPING_S = 60.0
 
 
 class House:
@@ -91,6 +90,9 @@ class House:
             lambda: self.modelling.identity,
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
+        mark, grace_s = config.state_dir / "whisperd.lock", config.clock_grace_hours * 3600
+        guard = ClockGuard(grace_s=grace_s, seen_at=seen_at(mark))
+        self.housekeeping = Housekeeping(loop, self.ledger, guard, mark, grace_s)
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.ledger.changed = self._changed
 
@@ -165,7 +167,7 @@ class House:
         self.decoding.pool.warm_up()
         self.modelling.load()
         self._changed(Change())
-        self._housekeep()
+        self.housekeeping.go_on()
         self.disk.look()
         self.loop.call_later(self.config.attach_grace_s, self._drop_unheld)
 
@@ -190,16 +192,6 @@ class House:
         self.fetching.changed(change)
         self.decoding.changed(change)
         self.modelling.changed(change)
-
-    def _housekeep(self) -> None:
-        def then(change: Change) -> None:
-            # A full batch means that there is more; the queue stays open to others between batches.
-            delay_s = 0.1 if len(change.gone_jobs) >= 200 else _HOUSEKEEPING_S
-            self.loop.call_later(delay_s, self._housekeep)
-
-        store = self.ledger.store
-        later = lambda error: self.loop.call_later(_HOUSEKEEPING_S, self._housekeep)  # noqa: E731
-        self.ledger.commit(lambda db, now: store.housekeep(db, now), then, later)
 
     def _drop_unheld(self) -> None:
         """After a restart: cancel the attached jobs whose holders did not come back."""
@@ -277,7 +269,8 @@ class House:
 
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do, or what is waited for."""
-        return self._faults() + [words for words in (self.modelling.process.arrival.words,) if words]
+        waited_for = (self.modelling.process.arrival.words, self.housekeeping.problem)
+        return self._faults() + [words for words in waited_for if words]
 
     def _faults(self) -> list[str]:
         pools = (self.copying.pool.problem, self.receiving.pool.problem, self.weights.pool.problem)

@@ -31,9 +31,10 @@ _BACKOFF_FACTOR = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rest:
-    """Why no download is begun, and until when (Unix seconds)."""
+    """Why no download is begun, and until when: by the loop's clock, and in Unix seconds for people."""
 
     reason: str
+    until_s: float
     until: float
 
 
@@ -292,8 +293,9 @@ class FetchLane:
 
     def _rest_for(self, delay_s: float, reason: str) -> None:
         """Begin no download for a while; of several reasons the one that lasts longest counts."""
-        rest = _Rest(reason=reason, until=self._ledger.clock() + delay_s)
-        if self._rest is not None and self._rest.until >= rest.until:
+        until_s, until = self._loop.time() + delay_s, self._ledger.clock() + delay_s
+        rest = _Rest(reason=reason, until_s=until_s, until=until)
+        if self._rest is not None and self._rest.until_s >= until_s:
             return
         log.warning("fetch lane rests for_s=%.0f reason=%s", delay_s, reason)
         self._rest = rest
