@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from whisperctl import DaemonUnreachable, JobFailed, WhisperdError
 from whisperctl.compat import WhisperTranscriber
 from whisperctl.private import PrivateDaemon
 
-VIDEO = "-bcdefghijk"
+VIDEO, OTHER = "-bcdefghijk", "lmnopqrstuv"
 
 
 @pytest.fixture
@@ -59,10 +60,14 @@ def test_it_transcribes_and_leaves_nothing(micro: Path, surroundings: Path, serv
         assert text
         (folder,) = surroundings.iterdir()
         assert folder.stat().st_mode & 0o077 == 0, "nobody else reaches its socket"
-        (daemon,) = processes_below(folder)
-        daemon.kill()
-        daemon.wait(10)
-        assert transcriber.transcribe_video(VIDEO) == text, "started again, it has what it had"
+        server.slow.add(f"{OTHER}.wav")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(transcriber.transcribe_video, OTHER)
+            wait_until(lambda: server.asked[f"/{OTHER}.wav"])
+            (daemon,) = processes_below(folder)
+            daemon.kill()
+            server.go_on.set()
+            assert waiting.result(60) == text, "started again under one who waits: the same audio"
         server.refused["00000000000.wav"] = 404
         with pytest.raises(JobFailed, match="404"):
             transcriber.transcribe_video("00000000000")
@@ -106,7 +111,14 @@ def test_a_forked_child_neither_ends_nor_starts_it(surroundings: Path) -> None:
         daemon.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert processes_below(surroundings)
+    (process,) = processes_below(surroundings)
+    daemon.ensure()
+    assert processes_below(surroundings) == [process]
+    process.kill()
+    process.wait(10)
+    daemon.ensure()
+    (other,) = processes_below(surroundings)
+    assert other.pid == daemon.pid != process.pid
     daemon.close()
     assert not processes_below(surroundings)
 

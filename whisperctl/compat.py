@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from whisperctl.client import Client
 from whisperctl.connection import seconds_left
-from whisperctl.errors import JobTimeout, NotFound
+from whisperctl.errors import DaemonUnreachable, JobTimeout, NotFound
 from whisperctl.private import PrivateDaemon
 from whisperctl.results import Result
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -32,6 +32,7 @@ __all__ = ["WhisperAPIClient", "WhisperTranscriber", "WhisperTranscriberCompat"]
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
 _LOOK_AT_MODEL_S = 2.0
+_MOST_DEATHS = 3
 
 
 class WhisperAPIClient:
@@ -169,7 +170,7 @@ class WhisperTranscriber:
         flags = {"--model": model, "--device": device, "--threads": threads}
         self._daemon = PrivateDaemon([word for flag, value in flags.items() if value is not None
                                       for word in (flag, str(value))])  # fmt: skip
-        self._api = _PrivateClient(str(self._daemon.socket_path), **options)
+        self._api = _PrivateClient(self._daemon, **options)
 
     def transcribe_video(self, video_id: str, timeout: float | None = None) -> str | None:
         """As `WhisperTranscriberCompat.transcribe_video`, but waits for as long as it takes unless told otherwise.
@@ -194,21 +195,36 @@ class WhisperTranscriber:
 
 
 class _PrivateClient(WhisperTranscriberCompat):
-    """Nobody but us looks after the private daemon: a model that cannot be loaded ends the wait, and is tried again."""
+    """Nobody but us looks after the private daemon: one that dies is started again, and a model that cannot be loaded
+    ends the wait, to be tried again at the next call.
+    """
+
+    def __init__(self, daemon: PrivateDaemon, **options: Any) -> None:
+        super().__init__(str(daemon.socket_path), **options)
+        self._daemon = daemon
 
     def _wait(self, job_id: int, deadline: float | None) -> Result:
         if self._model_error() is not None:
             self._client.model("load")
+        deaths = 0
         while True:
             left_s = seconds_left(deadline)
             try:
                 slice_s = _LOOK_AT_MODEL_S if left_s is None else min(left_s, _LOOK_AT_MODEL_S)
                 return self._client.result(job_id, wait=True, timeout_s=slice_s)
             except JobTimeout:
-                if (error := self._model_error()) is not None:
-                    raise WhisperdError(ErrorCode.MODEL_UNAVAILABLE, error) from None
                 if left_s is not None and left_s <= _LOOK_AT_MODEL_S:
                     raise
+            try:
+                error = self._model_error()
+            except DaemonUnreachable:
+                deaths += 1
+                if deaths == _MOST_DEATHS:
+                    raise
+                self._daemon.ensure()
+            else:
+                if error is not None:
+                    raise WhisperdError(ErrorCode.MODEL_UNAVAILABLE, error)
 
     def _model_error(self) -> str | None:
         model = self._client.health()["model"]
