@@ -29,6 +29,8 @@ from tests.support import (
     submit,
     wait_until,
 )
+from whisperctl import Client
+from whisperd.daemon.descriptors import MAX_CLOSERS
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import NewJob, about
@@ -473,6 +475,28 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_loop(
         hostile.send("submit", descriptors=[hanging()], source={"kind": "fd", "name": "talk"})
         wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
         assert client.call("health")["queue"]["depth"] == 2
+
+
+@requires_root
+def test_files_that_cannot_be_closed_do_not_pile_up(
+    start_daemon: Callable[..., Daemon], hanging: Callable[[], int], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    process = psutil.Process(daemon.pid)
+    with daemon.client() as client, daemon.client() as hostile:
+        threads = process.num_threads()
+        hanging_fd = hanging()
+        for _ in range(MAX_CLOSERS + 10):
+            hostile.call("health", descriptors=[hanging_fd])
+        wait_until(lambda: any("cannot be closed" in problem for problem in client.call("health")["problems"]))
+        assert process.num_threads() <= threads + MAX_CLOSERS
+        used = process.num_fds()
+        for _ in range(20):
+            hostile.call("health", descriptors=[hanging_fd])
+        assert process.num_fds() == used, "no more are taken"
+        assert error_of(lambda: submit(client, recording())) == "no_descriptor"
+        with Client(daemon.socket) as far:
+            assert far.submit(recording()).source["kind"] == "upload"
 
 
 @requires_root

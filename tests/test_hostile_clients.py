@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import msgpack
 import psutil
 
-from tests.support import Daemon
+from tests.support import Daemon, requires_root, wait_until
+from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
 
 NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
@@ -35,3 +38,46 @@ def test_many_large_answers_to_who_does_not_read_cost_bounded_memory(make_daemon
             for number in numbers:
                 assert len(client.reply(number)["result"]["transcript"]["text"]) == 20 * MIB
             client.close()
+
+
+def held_copier(daemon: Daemon) -> psutil.Process:
+    """Stop the copier that was started ahead of the first copy."""
+    copiers = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
+    copiers[0].suspend()
+    return copiers[0]
+
+
+@requires_root
+def test_a_file_that_grows_or_shrinks_while_it_is_copied(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", copiers=1, spool_bytes_per_user=MIB)
+    source = {"kind": "fd", "name": "talk"}
+    with client_as(daemon, 20_001) as client:
+        for after_bytes, code in ((50 * MIB, "quota_exceeded"), (1000, None)):
+            copier = held_copier(daemon)
+            fd = os.memfd_create("talk")
+            os.ftruncate(fd, 100_000)
+            number = client.send("submit", source=source, descriptors=[fd])
+            wait_until(lambda: client.call("stats")["lanes"]["copy"]["active"] == 1)
+            os.ftruncate(fd, after_bytes)
+            os.close(fd)
+            copier.resume()
+            reply = client.reply(number)
+            assert (reply["ok"], reply.get("error", {}).get("code")) == (code is None, code)
+        wait_until(lambda: client.call("stats")["spool_bytes"] <= 2 * 4096)
+
+
+@requires_root
+def test_submits_of_one_key_hold_a_bounded_number_of_descriptors(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", copiers=1, capacity=6)
+    with client_as(daemon, 20_001) as client, recording().open("rb") as file:
+        params = {"source": {"kind": "fd", "name": "talk"}, "key": "one", "descriptors": [file.fileno()]}
+        job = client.call("submit", **params)["job"]
+        copier = held_copier(daemon)
+        ids = [client.send("submit", **params) for _ in range(5)]
+        refused = [client.reply(number)["error"]["code"] for number in ids[3:]]
+        assert refused == ["quota_exceeded"] * 2, "three places in six are one user's"
+        copier.resume()
+        assert [client.reply(number)["result"]["job"]["id"] for number in ids[:3]] == [job["id"]] * 3
+        assert client.call("submit", **params)["job"]["id"] == job["id"]

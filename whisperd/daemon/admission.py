@@ -45,6 +45,11 @@ def check_admission(config: Config, applicant: Applicant, waiting: Waiting, free
         )
 
 
+def places_per_user(config: Config) -> int:
+    """Return how many waiting jobs one user may have."""
+    return max(1, int(config.capacity * config.capacity_share_per_user))
+
+
 def check_room(config: Config, applicant: Applicant, free_bytes: int) -> None:
     """Raise what refuses more bytes of a job that was admitted without its size: `storage_full`, `quota_exceeded`."""
     _check_disk(config, applicant, free_bytes)
@@ -65,7 +70,7 @@ def _check_places(config: Config, applicant: Applicant, waiting: Waiting) -> Non
     uid = applicant.uid
     interactive = waiting.get((uid, Priority.INTERACTIVE), 0)
     total = interactive + waiting.get((uid, Priority.BACKGROUND), 0)
-    most = max(1, int(config.capacity * config.capacity_share_per_user))
+    most = places_per_user(config)
     if total >= most:
         raise WhisperdError(
             ErrorCode.QUOTA_EXCEEDED,

@@ -13,8 +13,14 @@ import contextlib
 import ctypes
 import os
 import struct
+import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+MAX_CLOSERS = 32  # closes that may hang at the same time
+_STUCK_S = 1.0
 
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000  # what the kernel knows already is good enough
@@ -43,16 +49,54 @@ def look_at(fd: int) -> Status:
     return Status(mode=mode, size_bytes=size_bytes)
 
 
+class _Closer:
+    """Closes descriptors in up to `MAX_CLOSERS` threads. Where all of them hang, what is to be closed waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._doomed: deque[int] = deque()
+        self._threads = 0
+        self._moved_at = time.monotonic()
+
+    def close(self, fds: Iterable[int]) -> None:
+        with self._lock:
+            self._doomed.extend(fds)
+            # A thread for each, so that none waits behind one that hangs.
+            more = min(len(self._doomed), MAX_CLOSERS - self._threads)
+            self._threads += more
+        for started in range(more):
+            try:
+                _thread.start_new_thread(self._work, ())
+            except RuntimeError:  # the machine has no thread to spare: the next call tries again
+                with self._lock:
+                    self._threads -= more - started
+                return
+
+    def stuck(self) -> bool:
+        with self._lock:
+            all_hang = self._threads == MAX_CLOSERS and bool(self._doomed)
+            return all_hang and time.monotonic() > self._moved_at + _STUCK_S
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._moved_at = time.monotonic()
+                if not self._doomed:
+                    self._threads -= 1
+                    return
+                fd = self._doomed.popleft()
+            with contextlib.suppress(OSError):  # NFS may report a late error; the descriptor is closed all the same
+                os.close(fd)
+
+
+_closer = _Closer()
+
+
 def close_apart(fds: Iterable[int]) -> None:
-    """Close descriptors in a thread of their own, soon."""
-    if doomed := list(fds):
-        try:
-            _thread.start_new_thread(_close, (doomed,))
-        except RuntimeError:  # the machine has no thread to spare
-            _close(doomed)
+    """Close descriptors in another thread, soon."""
+    _closer.close(fds)
 
 
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):  # NFS may report a late error; the descriptor is closed all the same
-            os.close(fd)
+def closing_is_stuck() -> bool:
+    """True while so many closes hang that no further descriptor should be taken: it could not be closed either."""
+    return _closer.stuck()

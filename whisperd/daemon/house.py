@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from whisperd import __version__
-from whisperd.daemon.admission import Applicant, check_admission, check_room
+from whisperd.daemon.admission import Applicant, check_admission, check_room, places_per_user
 from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
+from whisperd.daemon.descriptors import closing_is_stuck
 from whisperd.daemon.disk import Disk
 from whisperd.daemon.housekeeping import ClockGuard, Housekeeping, seen_at
 from whisperd.daemon.lanes.copying import CopyLane
@@ -94,6 +95,7 @@ class House:
         guard = ClockGuard(grace_s=grace_s, seen_at=seen_at(mark))
         self.housekeeping = Housekeeping(loop, self.ledger, guard, mark, grace_s)
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
+        self.submitting: Counter[int] = Counter()  # by user: submits that hold a descriptor and are not answered
         self.ledger.changed = self._changed
 
     def _copy_lane(self, role: str, size: int, silent_s: float, env: dict[str, str]) -> CopyLane:
@@ -253,6 +255,16 @@ class House:
         applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
         check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes)
 
+    def check_submits(self, uid: int) -> None:
+        """Raise `quota_exceeded` for one more submit that would hold a descriptor: known keys take no waiting place."""
+        most = places_per_user(self.config)
+        if self.submitting[uid] >= most and not self.is_admin(uid):
+            raise WhisperdError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"{most} of your submits are not answered yet, and one user may have no more (setting "
+                "capacity_share_per_user): wait for some",
+            )
+
     def admit_more(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
         """Raise what refuses so many more bytes of an upload that was admitted without its size."""
         self.disk.refuse_when_full()
@@ -277,6 +289,11 @@ class House:
         found = [self.disk.problem, *pools, self.fetching.problem, self.decoding.problem]
         if self.modelling.state == "failed":
             found.append(f"the model is not loaded: {self.modelling.error}")
+        if closing_is_stuck():
+            found.append(
+                "a file system of a client does not answer, and its files cannot be closed: end what serves it (a FUSE "
+                "mount, a lost server); until then recordings are taken as uploads only"
+            )
         if self.modelling.paused:
             found.append("an administrator has paused the queue: `whisperctl resume` goes on")
         elif self.modelling.held and not self.stopping:

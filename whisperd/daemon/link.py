@@ -13,7 +13,7 @@ from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.connection import Connection
-from whisperd.daemon.descriptors import close_apart
+from whisperd.daemon.descriptors import close_apart, closing_is_stuck
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
 from whisperd.daemon.output_budget import OutputBudget
 from whisperd.protocol.channel import received_descriptors
@@ -220,8 +220,9 @@ class Link:
                 self.abort("gone")
             return
         try:
-            if self._state is _State.LINGERING:
-                data = self._socket.recv(_READ_BYTES)  # a plain recv drops descriptors without a leak
+            if self._state is _State.LINGERING or closing_is_stuck():
+                # A plain recv drops descriptors, without a leak and without asking their file systems.
+                data = self._socket.recv(_READ_BYTES)
                 fds: list[int] = []
                 flags = 0
             else:

@@ -29,6 +29,7 @@ def submit_file(house: House, peer: Peer, params: Submit, descriptors: list[int]
     Takes the descriptor out of `descriptors` when it goes on to the copy lane.
     """
     size_bytes = check_descriptors(descriptors, max_bytes=house.config.max_source_bytes)
+    house.check_submits(peer.uid)
     _Submission(house, peer, params, descriptors.pop(), size_bytes, reply, fail).begin()
 
 
@@ -99,36 +100,38 @@ class _Submission:
     ) -> None:
         self._house, self._peer, self._params = house, peer, params
         self._descriptor, self._size_bytes = descriptor, size_bytes
-        self._reply, self._fail = reply, fail
+        self._answer, self._answer_error = reply, fail
+        self._stored_bytes = 0
         self._early = early_fingerprint(size_bytes, params.options)
         self._copy: Copy | None = None
 
     def begin(self) -> None:
         """Look the key up first, if there is one: a retry of an accepted submit is never refused for want of room."""
+        self._house.submitting[self._peer.uid] += 1
         key = self._params.key
         store, uid = self._house.ledger.store, self._peer.uid
         if key is None and self._house.is_admin(uid):  # nothing to look up
-            self._admit_and_copy(known=False, stored_bytes=0)
+            self._admit_and_copy(known=False)
             return
 
         def then(found: tuple[Any, int]) -> None:
-            row, stored_bytes = found
+            row, self._stored_bytes = found
             if key is not None and row is not None and row["fingerprint"][: len(self._early)] != self._early:
                 self._give_up(key_conflict(key))
                 return
             if row is not None and self._params.attached:
                 # A holder that comes back holds its job from now on, not only once its file is copied again.
                 self._house.hold(row["job_id"], self._peer)
-            self._admit_and_copy(known=row is not None, stored_bytes=stored_bytes)
+            self._admit_and_copy(known=row is not None)
 
         self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up)
 
-    def _admit_and_copy(self, *, known: bool, stored_bytes: int) -> None:
+    def _admit_and_copy(self, *, known: bool) -> None:
         try:
             self._house.refuse_when_stopping()
             if not known:
                 uid, priority = self._peer.uid, self._params.priority
-                self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=stored_bytes)
+                self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
             if self._peer.closed and not outlives_client(self._params):
                 raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
         except WhisperdError as error:
@@ -141,10 +144,25 @@ class _Submission:
             size_bytes=self._size_bytes,
             folder=self._house.ledger.spool.new_folder(),
             client=None if outlives_client(self._params) else self._peer.id,
+            progressed=lambda progress: self._grown(int(progress.done)),
             copied=self._copied,
             refused=self._fail,
         )
         self._house.copying.add(self._copy)
+
+    def _grown(self, copied_bytes: int) -> None:
+        """Count what a file has grown by since it was admitted, which may be beyond what its user may have."""
+        assert self._copy is not None
+        try:
+            self._admit_growth(self._copy, copied_bytes)
+        except WhisperdError as error:
+            self._house.copying.give_up(self._copy, error)
+
+    def _admit_growth(self, copy: Copy, copied_bytes: int) -> None:
+        if (more := copied_bytes - copy.size_bytes) > 0:
+            uid, priority = self._peer.uid, self._params.priority
+            self._house.admit_more(uid, priority, size_bytes=more, stored_bytes=self._stored_bytes)
+            copy.size_bytes = copied_bytes
 
     def _give_up(self, error: WhisperdError) -> None:
         close_apart([self._descriptor])
@@ -152,6 +170,13 @@ class _Submission:
 
     def _copied(self, copied: Copied) -> None:
         assert self._copy is not None
+        try:
+            self._admit_growth(self._copy, copied.size_bytes)
+        except WhisperdError as error:
+            self._house.copying.settled(self._copy)
+            self._house.ledger.spool.remove(self._copy.folder)
+            self._fail(error)
+            return
         accept(
             self._house,
             self._peer,
@@ -163,3 +188,11 @@ class _Submission:
             reply=self._reply,
             fail=self._fail,
         )
+
+    def _reply(self, result: Mapping[str, Any]) -> None:
+        self._house.submitting[self._peer.uid] -= 1
+        self._answer(result)
+
+    def _fail(self, error: WhisperdError) -> None:
+        self._house.submitting[self._peer.uid] -= 1
+        self._answer_error(error)

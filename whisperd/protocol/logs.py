@@ -26,8 +26,10 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        # A name that a client chose may hold anything: no control character reaches a log or a terminal.
+        # A name that a client chose may hold anything: no control character reaches a log or a terminal, and no line
+        # after the first can pass for an entry of its own.
         text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+        text = text.replace("\n", "\n  ")
         if self._journal:
             prefix = f"<{_SYSLOG.get(record.levelno, 6)}>"
             return prefix + text.replace("\n", "\n" + prefix)
