@@ -99,6 +99,16 @@ def test_an_address_becomes_a_transcript(client: RawClient, shared: Daemon, serv
     spool_is_empty(shared)
 
 
+def test_a_paused_queue_begins_no_download(client: RawClient, server: MediaServer) -> None:
+    client.call("pause")
+    try:
+        job = fetch(client, server.url("talk.wav"))
+        assert state(client, job) == "pending", "asked after the commit that would have begun it"
+    finally:
+        client.call("resume")
+    assert ended(client, job)["state"] == "done"
+
+
 def test_a_download_that_is_cut_off_goes_on_where_it_was(client: RawClient, server: MediaServer) -> None:
     assert ended(client, fetch(client, server.url("cut/talk.wav")))["state"] == "done"
     assert ended(client, fetch(client, server.url("once-500/talk.wav")))["state"] == "done"

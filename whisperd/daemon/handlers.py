@@ -305,7 +305,7 @@ def _handle_pause(call: Call, params: Pause) -> None:
 def _handle_resume(call: Call, params: Resume) -> None:
     _admins_only(call, "resume the queue")
     call.house.refuse_when_stopping()
-    call.house.modelling.resume()
+    call.house.resume()
     log.info("resumed uid=%d", call.peer.uid)
     call.reply({"status": call.house.status()})
 

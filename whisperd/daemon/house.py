@@ -89,6 +89,7 @@ class House:
             loop,
             config,
             lambda: self.modelling.identity,
+            lambda: self.modelling.paused,
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
         mark, grace_s = config.state_dir / "whisperd.lock", config.clock_grace_hours * 3600
@@ -183,10 +184,19 @@ class House:
         self.decoding.stop()
         self.modelling.stop()
 
-    def helpers_left(self) -> int:
-        """Return how many helper processes have not ended."""
-        lanes = (self.copying, self.receiving, self.fetching, self.weights, self.decoding)
-        return sum(len(lane.pool.helpers) for lane in lanes) + (self.modelling.helper is not None)
+    def when_helpers_left(self, then: Callable[[], object]) -> None:
+        """After `stop`: call `then` once every helper process has ended."""
+        pools = [lane.pool for lane in (self.copying, self.receiving, self.fetching, self.weights, self.decoding)]
+        model = self.modelling.process
+
+        def look() -> None:
+            if model.helper is None and not any(pool.helpers for pool in pools):
+                then()
+
+        model.left = look
+        for pool in pools:
+            pool.left = look
+        look()
 
     def _changed(self, change: Change) -> None:
         if self.stopping:
@@ -194,6 +204,11 @@ class House:
         self.fetching.changed(change)
         self.decoding.changed(change)
         self.modelling.changed(change)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self.modelling.resume()
+        self.fetching.pump()
 
     def _drop_unheld(self) -> None:
         """After a restart: cancel the attached jobs whose holders did not come back."""

@@ -225,13 +225,10 @@ class _Daemon:
         self._server.stop_accepting()
         self._house.stop()
         self._loop.call_later(self._config.stop_grace_s, self._loop.stop)
-        self._when_quiet()
+        self._house.when_helpers_left(self._close)
 
-    def _when_quiet(self) -> None:
-        """Go on once the helpers are gone and what they left is committed; the grace above is the latest."""
-        if self._house.helpers_left():
-            self._loop.call_later(0.05, self._when_quiet)
-            return
+    def _close(self) -> None:
+        """Let the last replies out; the grace above is the latest."""
         # Everything handed to the store before this call is committed when it comes back.
         self._house.ledger.read(lambda db, now: None, lambda _: self._server.close_all(1.0, self._loop.stop))
 

@@ -48,9 +48,11 @@ class FetchLane:
         loop: Loop,
         config: Config,
         model: Callable[[], Sequence[Any]],
+        paused: Callable[[], bool],
     ) -> None:
         self.pool = make_pool(self.pump)
         self._ledger, self._loop, self._config, self._model = ledger, loop, config, model
+        self._paused = paused  # by an administrator: nothing is begun
         self._turns = Turns()
         self._generations = itertools.count(1)
         self._active: dict[int, Priority] = {}  # from the commit of the start to that of the end
@@ -103,7 +105,7 @@ class FetchLane:
 
     def pump(self) -> None:
         """Start what may start."""
-        while self._rest is None and not self._stopping and not self._ledger.full:
+        while self._may_begin():
             waiting = self._ledger.board.waiting(self._candidates())
             busy = dict.fromkeys(Priority, 0) | Counter(self._active.values())
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=busy)
@@ -111,6 +113,9 @@ class FetchLane:
                 return
             self._turns.serve(chosen.priority, chosen.uid)
             self._start(chosen.id, chosen.priority)
+
+    def _may_begin(self) -> bool:
+        return self._rest is None and not self._stopping and not self._ledger.full and not self._paused()
 
     def _candidates(self) -> list[LiveRun]:
         board = self._ledger.board

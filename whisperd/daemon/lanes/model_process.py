@@ -57,6 +57,7 @@ class ModelProcess:
         self._last_beat = -1
         self._last_beat_at = 0.0
         self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
+        self.left: Callable[[], None] = lambda: None  # the process has gone, and none comes after it
         self.held = False  # unloaded by an administrator: stays so until he loads it
         self.asleep = False  # unloaded for want of work: the next job loads it
         self.identity: list[Any] = []  # what tells this model's results from another's
@@ -242,6 +243,7 @@ class ModelProcess:
         self._ending = ""
         if self.held or self.asleep:
             self._set_status(self._no_status("unloaded"))
+            self.left()
         elif ours:
             self._spawn()
         else:

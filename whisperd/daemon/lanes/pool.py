@@ -83,6 +83,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._stopping = False
+        self.left: Callable[[], None] = lambda: None  # a helper has gone while all stops
         self.problem: str | None = None
         self.failures = 0
         self.gauges: dict[str, Any] = {}  # as the last helper that spoke gave them
@@ -236,6 +237,7 @@ class Pool:
         self._workers.remove(worker)
         self._clear_timer(worker)
         if self._stopping:
+            self.left()
             return
         self._satisfy_curious()
         if worker.spent:
