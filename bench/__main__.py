@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import latency, long_file, memory, overhead, roundtrips, startup, submit
+from bench import latency, long_file, memory, overhead, pipeline, roundtrips, startup, submit
 from bench.daemon import Failed
 from bench.report import Bench, Row, describe_machine, format_head, format_row
 
@@ -21,6 +21,7 @@ SUBJECTS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
     "latency": latency.measure,
     "submit": submit.measure,
     "long_file": long_file.measure,
+    "pipeline": pipeline.measure,
     "overhead": overhead.measure,
 }
 

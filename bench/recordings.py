@@ -51,17 +51,31 @@ def write_talk(path: Path, length_s: float) -> Path:
 
 def write_hours(path: Path, hours: int) -> Path:
     """Write hours of speech as AAC in Matroska: the sample is encoded once, its packets are muxed many times."""
-    template, packets = _encode_aac()
+    _mux_aac(path, hours * 3600, _encode_aac())
+    return path
+
+
+def write_talks(folder: Path, count: int, minutes: int) -> list[Path]:
+    """Write recordings of so many minutes of speech (AAC in Matroska). No two have the same bytes."""
+    encoded = _encode_aac()
+    paths = [folder / f"talk-{number}.mka" for number in range(count)]
+    for path in paths:
+        _mux_aac(path, minutes * 60, encoded)
+    return paths
+
+
+def _mux_aac(path: Path, length_s: int, encoded: tuple[AudioStream, list[bytes]]) -> None:
+    template, packets = encoded
     with av.open(str(path), "w", format="matroska") as target:
+        target.metadata["title"] = path.stem
         stream = target.add_stream_from_template(template)
-        for number in range(hours * 3600 * _AAC_RATE // _AAC_FRAME):
+        for number in range(length_s * _AAC_RATE // _AAC_FRAME):
             packet = av.Packet(packets[number % len(packets)])
             packet.stream = stream
             packet.time_base = Fraction(1, _AAC_RATE)
             packet.pts = packet.dts = number * _AAC_FRAME
             packet.duration = _AAC_FRAME
             target.mux(packet)
-    return path
 
 
 def speak(folder: Path) -> list[Path]:

@@ -406,6 +406,7 @@ def test_a_stranger_learns_nothing_and_changes_nothing(
         assert stranger.call("jobs") == {"jobs": [], "more": False}
         assert error_of(lambda: stranger.call("jobs", all=True)) == "forbidden"
         assert error_of(lambda: stranger.call("model", action="unload")) == "forbidden"
+        assert error_of(lambda: stranger.call("pull", model="small")) == "forbidden"
         own = submit(stranger, path, key="mine")
         assert (own["id"], own["uid"]) == (job + 1, 65534), "another's key and recording are not his"
         assert [row["id"] for row in admin.call("jobs", all=True)["jobs"]] == [own["id"], job]

@@ -140,6 +140,14 @@ def test_what_a_server_refuses(case: Case, how: str, code: str, transient: bool)
     assert case.wanted.file_name in error.message
 
 
+def test_a_mirrors_password_is_sent_and_told_nobody(case: Case) -> None:
+    url = case.server.url("status/404").replace("//", "//anna:secret@")
+    error = case.failure("", models_url=url)
+    assert error.code == "fetch_unavailable"
+    assert "127.0.0.1" in error.message
+    assert "secret" not in error.message
+
+
 def test_no_network_is_for_the_moment(case: Case) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]

@@ -17,7 +17,7 @@ from whisperctl.results import Event, Result, Segment, Transcript
 from whisperctl.sources import OpenSource, Source, open_source
 from whisperctl.uploading import Progress, upload, upload_source
 from whisperd.protocol.channel import Channel
-from whisperd.protocol.errors import ErrorCode
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Job, JobState, Priority
 from whisperd.protocol.messages import MAX_JOBS_LIMIT
 
@@ -263,16 +263,25 @@ class Client:
         model: dict[str, Any] = self._link.call("model", {"action": action})["model"]
         return model
 
-    def pull_model(self, name: str, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+    def pull_model(
+        self,
+        name: str,
+        *,
+        on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+        on_retry: Callable[[WhisperdError, float], None] = lambda error, wait_s: None,
+    ) -> str:
         """Have a model downloaded (admins), unless it is there, and return where it lies.
 
-        `on_progress(done_bytes, total_bytes)` is told how far it is. It is given up when the last client that waits
+        `on_progress(done_bytes, total_bytes)` is told how far it is, `on_retry(error, wait_s)` what keeps it from
+        getting further and when it is tried again. It is given up when the last client that waits
         leaves; what has arrived stays for the next time. Raises `BadRequest` for a name that is none, and why it
         does not come.
         """
         for message, is_event in self._link.stream("pull", {"model": name}):
             if is_event and message["event"] == "progress":
                 on_progress(message["done_bytes"], message["total_bytes"])
+            elif is_event and message["event"] == "retry":
+                on_retry(refusal(message["error"]), message["wait_s"])
             elif is_event and message["event"] == "end":
                 if message["error"] is not None:
                     raise refusal(message["error"])

@@ -10,6 +10,7 @@ import click
 from whisperctl.exits import Exit
 from whisperctl.options import Shell, common_options, json_option
 from whisperctl.words import bar, duration, number, paint, safe, size, to_json
+from whisperd.protocol.errors import WhisperdError
 
 _HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
 
@@ -113,8 +114,11 @@ def _pull(shell: Shell, name: str, *, as_json: bool) -> int:
         part = done_bytes / total_bytes if total_bytes else 0.0
         screen.status(f"{safe(name)} {bar(part)} {part:.0%} of {size(total_bytes)}")
 
+    def halted(error: WhisperdError, wait_s: float) -> None:
+        screen.note(f"trying again in {duration(wait_s)}: {error.message}")
+
     screen.status(f"asking for model {safe(name)}")
-    path = shell.client.pull_model(name, on_progress=progressed)
+    path = shell.client.pull_model(name, on_progress=progressed, on_retry=halted)
     screen.status("")
     screen.data(to_json({"model": name, "path": path}) if as_json else safe(path))
     return Exit.DONE

@@ -282,6 +282,9 @@ def _handle_pull(call: Call, params: Pull) -> None:
         event = {"id": number, "event": "progress", "done_bytes": int(done), "total_bytes": int(total)}
         peer.push(number, event, skippable=True)
 
+    def halted(error: WhisperdError, delay_s: float) -> None:
+        peer.push(number, {"id": number, "event": "retry", "wait_s": delay_s, "error": error.to_wire()})
+
     def ended(outcome: Path | WhisperdError) -> None:
         if isinstance(outcome, WhisperdError):
             peer.push(number, {"id": number, "event": "end", "path": None, "error": outcome.to_wire()})
@@ -289,7 +292,8 @@ def _handle_pull(call: Call, params: Pull) -> None:
             peer.push(number, {"id": number, "event": "end", "path": str(outcome), "error": None})
         peer.finish(number)
 
-    call.house.weights.pull(params.model, Listener(owner=peer.id, progressed=progressed, ended=ended))
+    listener = Listener(owner=peer.id, progressed=progressed, halted=halted, ended=ended)
+    call.house.weights.pull(params.model, listener)
     log.info("pull uid=%d model=%s", peer.uid, params.model)
     call.reply({"model": params.model})
 

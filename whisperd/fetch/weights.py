@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from yt_dlp.networking.exceptions import CertificateVerifyError, HTTPError, Inco
 
 from whisperd.fetch.download import SOCKET_TIMEOUT_S, Settings
 from whisperd.fetch.explain import FetchError, retry_after_s
-from whisperd.fetch.guard import Guard, forbidden_address
+from whisperd.fetch.guard import Guard
 from whisperd.protocol.catalogue import Checkpoint
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.spoolfolder import storage_errors, sync_folder
@@ -71,10 +72,11 @@ class WeightsFetcher:
             self._receive_all(wanted, arriving)
         if (sha256 := arriving.sha256) != wanted.sha256:
             arriving.empty()
+            url = _shown(wanted.url(self._settings.models_url))
             raise FetchError(
                 ErrorCode.FETCH_FAILED,
-                f"{wanted.url(self._settings.models_url)} is not the file that it should be (sha256 {sha256}): a proxy "
-                "may be in the way, or the setting models_url leads to something else",
+                f"{url} is not the file that it should be (sha256 {sha256}): a proxy may be in the way, or the setting "
+                "models_url leads to something else",
             )
 
     def _receive_all(self, wanted: Checkpoint, arriving: _Arriving) -> None:
@@ -210,8 +212,12 @@ def _explained(url: str, partial: Path, guard: Guard) -> Iterator[None]:
         raise FetchError(error.code, error.message) from None
     except (RequestError, OSError) as error:
         if guard.refused is not None:
-            raise FetchError(ErrorCode.FORBIDDEN, forbidden_address(guard.refused).message) from None
-        raise _explain(error, url) from None
+            raise FetchError(
+                ErrorCode.FORBIDDEN,
+                f"{_shown(url)} leads to {guard.refused}, which is not on the public internet: for a mirror in a "
+                "private network set fetch_allow_private = true, or put the file where it belongs yourself",
+            ) from None
+        raise _explain(error, _shown(url)) from None
 
 
 def _explain(error: RequestError | OSError, url: str) -> FetchError:
@@ -231,6 +237,11 @@ def _explain(error: RequestError | OSError, url: str) -> FetchError:
         case 401 | 403 | 451:
             return FetchError(ErrorCode.FETCH_BLOCKED, f"{said}: the server refuses; check the setting models_url")
     return FetchError(ErrorCode.FETCH_UNAVAILABLE, f"{said}: the file is not there; check the setting models_url")
+
+
+def _shown(url: str) -> str:
+    """Return an address without the password that a mirror's may carry: everybody sees `health`."""
+    return re.sub(r"(?<=//)[^/@]*@", "", url)
 
 
 def _begins_at(response: Any, place: int) -> bool:

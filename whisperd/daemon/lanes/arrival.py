@@ -27,11 +27,14 @@ class Arrival:
         self.wanted = weights.find(name)
         self._listener: Listener | None = None
         self.progress: float | None = None  # 0 to 1 while it is downloaded
+        self._trouble = ""
 
     @property
     def words(self) -> str:
         """What goes on, for people; "" when nothing does."""
-        return "" if self.progress is None else f"downloading the model {self._name} ({self.progress:.0%})"
+        if self.progress is None:
+            return ""
+        return f"downloading the model {self._name} ({self.progress:.0%}{self._trouble})"
 
     @property
     def path(self) -> str | None:
@@ -47,13 +50,13 @@ class Arrival:
         """Ask for the file, unless that is done."""
         if self._listener is not None:
             return
-        listener = Listener(owner=None, progressed=self._progressed, ended=self._came)
+        listener = Listener(owner=None, progressed=self._progressed, halted=self._halted, ended=self._came)
         try:
             self._weights.pull(self._name, listener)
         except WhisperdError as error:
             self._ended(self._with_remedy(error))
             return
-        self._listener, self.progress = listener, 0.0
+        self._listener, self.progress, self._trouble = listener, 0.0, ""
         self._step()
 
     def give_up(self) -> None:
@@ -63,7 +66,11 @@ class Arrival:
             self._listener, self.progress = None, None
 
     def _progressed(self, done: float, total: float) -> None:
-        self.progress = done / total if total else 0.0
+        self.progress, self._trouble = done / total if total else 0.0, ""
+        self._step()
+
+    def _halted(self, error: WhisperdError, delay_s: float) -> None:
+        self._trouble = f"; trying again in {delay_s:.0f} s: {error.message}"
         self._step()
 
     def _came(self, outcome: Path | WhisperdError) -> None:

@@ -27,12 +27,13 @@ _BACKOFF_FACTOR = 3
 class Listener:
     """Somebody who waits for a model's file. `owner` is the client's number, None for the daemon itself.
 
-    `progressed` gets the bytes that are there and all there will be (0: not known), `ended` where the file lies, or
-    why it does not come: exactly once, unless he leaves before.
+    `progressed` gets the bytes that are there and all there will be (0: not known), `halted` why it will be tried again
+    and in how many seconds, `ended` where the file lies or why it does not come: exactly once, unless he leaves before.
     """
 
     owner: int | None
     progressed: Callable[[float, float], None]
+    halted: Callable[[WhisperdError, float], None]
     ended: Callable[[Path | WhisperdError], None]
 
 
@@ -192,6 +193,8 @@ class WeightsLane:
             self._pump()
 
         pull.rests = self._loop.call_later(delay_s, again)
+        for listener in pull.listeners:
+            listener.halted(error, delay_s)
 
     def _end(self, pull: _Pull, outcome: Path | WhisperdError) -> None:
         self._forget(pull)
