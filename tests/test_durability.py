@@ -234,3 +234,26 @@ def test_a_daemon_that_is_killed_while_it_forgets_leaves_all_or_nothing(
     with daemon.client() as client:
         check_spool(daemon)
         assert len(client.call("jobs")["jobs"]) == len(rows(daemon, "SELECT 1 FROM keys")) == len(folders(daemon))
+
+
+def test_a_daemon_that_is_killed_after_a_transcript_was_stored_ends_its_job_once(
+    make_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    """After the commit of the end, before its audio is deleted."""
+    daemon = make_daemon(model=str(micro))
+    daemon.start(ready=True)
+    with daemon.client() as client:
+        kill = "inject=unlink,unlinkat:signal=SIGKILL:when=1"
+        with traced(daemon.pid, tmp_path / "trace", "-e", "trace=unlink,unlinkat", "-e", kill):
+            job = submit(client, recording())
+            assert daemon.process is not None
+            assert daemon.process.wait(60) == -9
+            daemon.process = None
+    daemon.start()
+    with daemon.client() as client:
+        answer = client.call("result", job=job["id"])
+        assert answer["job"]["state"] == "done"
+        assert answer["transcript"]["segments"]
+        check_spool(daemon)
+        assert not folders(daemon)
+        end_all(client)

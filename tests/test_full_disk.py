@@ -164,3 +164,26 @@ def test_a_daemon_starts_on_a_full_disk_and_is_tidied_there(
         assert client.call("forget", job=job["id"])
         assert client.call("jobs")["jobs"] == []
         assert client.call("health")["status"] == "degraded"
+    daemon.kill()
+    fill(daemon.state_dir / "more")  # and now there is no ballast any more
+    daemon.start()
+    with daemon.client() as client:
+        assert full(client)
+        (daemon.state_dir / "fill").unlink()
+        (daemon.state_dir / "more").unlink()
+        wait_until(lambda: not full(client))
+        assert submit(client, recording())["state"] == "queued"
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing_and_hurts_nobody(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = tiny(model=NO_MODEL)
+    daemon.start()
+    with daemon.client() as client, daemon.client() as other:
+        with recording(900).open("rb") as file:  # 29 MB into 16
+            number = client.send("submit", descriptors=[file.fileno()], source={"kind": "fd", "name": "long"})
+        assert submit(other, recording())["state"] == "queued"
+        assert client.reply(number)["error"]["code"] == "storage_full"
+        wait_until(lambda: len(list((daemon.state_dir / "spool").iterdir())) == 1)
+        assert submit(client, recording())["state"] == "queued"

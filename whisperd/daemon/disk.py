@@ -22,6 +22,7 @@ class Disk:
     ) -> None:
         self._loop, self._config, self._ledger, self._ballast, self._roomy = loop, config, ledger, ballast, roomy
         self._was_full = False
+        self._unusable = ""  # why nothing can be put there
         self.free_bytes = 0
 
     @property
@@ -37,6 +38,8 @@ class Disk:
                 f"the disk of {self._config.state_dir} is full: new work is refused and no download or decoding is "
                 f"begun until {2 * self._config.ballast_bytes} bytes are free; make room"
             )
+        if self._unusable:
+            return f"{self._config.state_dir} cannot be used ({self._unusable}): submits are refused; look at its disk"
         if self.free_bytes < self._config.min_free_bytes:
             return f"{self._config.state_dir} is nearly full: submits are refused until there is room"
         return None
@@ -59,21 +62,23 @@ class Disk:
         """Look now, and again every `disk_check_s` seconds: who makes room tells nobody."""
         spool, ballast = self._ledger.spool, self._ballast
 
-        def look(db: object, now: float) -> int:
+        def look(db: object, now: float) -> tuple[int, str]:
             try:
                 spool.make()
                 ballast.make()
-                return free_bytes(self._config.state_dir)
+                return free_bytes(self._config.state_dir), ""
             except OSError as error:
-                log.error("the state folder cannot be used error=%r", error)
-                return 0
+                return 0, str(error)
 
-        def then(found_bytes: int) -> None:
-            self.free_bytes = found_bytes
+        def then(found: tuple[int, str]) -> None:
+            self.free_bytes, unusable = found
+            if unusable != self._unusable:
+                log.error("the state folder can%s be used error=%s", "not" if unusable else "", unusable or None)
+            self._unusable = unusable
             self._loop.call_later(self._config.disk_check_s, self.look)
             was_full, self._was_full = self._was_full, self.full
             if was_full and not self.full:
-                log.info("the disk has room again free_bytes=%d", found_bytes)
+                log.info("the disk has room again free_bytes=%d", self.free_bytes)
                 self._roomy()
 
         self._ledger.read(look, then, lambda error: self._loop.call_later(self._config.disk_check_s, self.look))
