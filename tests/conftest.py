@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.machine import Machine
 from tests.support import Daemon, need, write_noise
 
 _DAEMONS = pytest.StashKey[list[Daemon]]()
@@ -87,3 +88,12 @@ def recording(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a recording nobody has had before, of so many seconds."""
     numbers = itertools.count(1)
     return lambda seconds=2.0: write_noise(tmp_path / f"noise-{next(numbers)}.wav", seconds)
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """A machine with the installed service, one for all tests of a worker: each leaves it as it found it."""
+    from tests.installed import installed_machine  # imports torch
+
+    with installed_machine() as machine:
+        yield machine

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.support import wait_until
 
 _CHUNK_BYTES = 16 * 1024
 
@@ -24,7 +29,7 @@ class MediaServer:
     `go_on`.
     """
 
-    def __init__(self, recording: Path, port: int = 0) -> None:
+    def __init__(self, recording: Path, port: int = 0, *, tell: bool = False) -> None:
         self.recording = recording
         self.content = recording.read_bytes()
         self.asked: Counter[str] = Counter()
@@ -44,6 +49,8 @@ class MediaServer:
             def do_GET(self) -> None:
                 with server._lock:
                     server.asked[self.path] += 1
+                if tell:
+                    print("asked", self.path, self.headers.get("Cookie"), flush=True)
                 server._answer(self, *self.path.split("/")[1:])
 
             def log_message(self, format: str, *args: Any) -> None:
@@ -127,3 +134,16 @@ def serving(recording: Path, port: int = 0) -> Iterator[MediaServer]:
         yield server
     finally:
         server.close()
+
+
+def main() -> None:
+    """Serve a recording to whoever is on this machine, tell each request and its cookies; `/tmp/go-on` sets `go_on`."""
+    server = MediaServer(Path(sys.argv[1]), tell=True)
+    print("port", server.port, flush=True)
+    wait_until(lambda: os.path.exists("/tmp/go-on"), math.inf)
+    server.go_on.set()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -48,6 +48,7 @@ make_environment() {
     "$env/bin/python" -m pip install --disable-pip-version-check --quiet ${PIP_FLAGS:-} --no-deps --force-reinstall .
     # What was built below DESTDIR must find itself without it.
     [ -z "$DESTDIR" ] || find "$env/bin" -type f -exec sed -i "s|$DESTDIR$LIB|$LIB|g" {} +
+    [ -z "$DESTDIR" ] || sed -i "s|$DESTDIR$LIB|$LIB|g" "$env/pyvenv.cfg"
 }
 
 # The version in use until now stays, for the daemon that still runs from it; older ones go.
