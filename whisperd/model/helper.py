@@ -16,6 +16,7 @@ from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.journal import VoidJournal, fingerprint
 from whisperd.model.loading import LoadedModel, load
+from whisperd.model.memory import is_out_of_memory
 from whisperd.model.run import Run
 from whisperd.model.software import describe
 from whisperd.model.speech import SpeechDetector
@@ -108,7 +109,7 @@ class ModelHelper:
                 on_step=self._link.step,
                 environ=os.environ,
             )
-            self._engine = Engine(model, on_step=self._link.step)
+            self._engine = Engine(model, on_step=self._link.step, release=True)
             self._speech = SpeechDetector()
         except Exception as error:
             self._error = self._loading_error(error)
@@ -164,7 +165,7 @@ class ModelHelper:
             run.turn.interactive = interactive
         if cancelled and self._engine is not None:
             run.turn.cancelled = True
-            self._engine.worker.wake()
+            self._engine.wake()
             self._mel_worker.wake()
 
     def _work(self, run: Run) -> None:
@@ -218,7 +219,7 @@ class ModelHelper:
             "windows": self._engine.counters.windows,
             "tokens": self._engine.counters.tokens,
             "audio_s": audio_s,
-            "busy_s": self._engine.worker.busy_s,
+            "busy_s": self._engine.counters.busy_s,
         }
         device = self._engine.model.device
         if device.type == "cuda":
@@ -244,12 +245,6 @@ def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
         traits=model.traits(),
         fingerprint=fingerprint(model),
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True when memory of the device or of the machine ran out, and nothing worse happened."""
-    # The CPU's allocator says it in words only.
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def is_device_failure(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import ModelDimensions
 from whisper.timing import WordTiming
 
+from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.engine import Engine
 from whisperd.model.journal import Strand
 from whisperd.model.mel import MelWindow
@@ -48,19 +49,15 @@ class ProxyModel:
         self._engine = engine
         self._turn = turn
         self._strand = strand
-        self._mel: MelWindow | None = None  # the last window and its features
-        self._features: torch.Tensor | None = None
+        self._kept = KeptWindows()
 
     def decode(self, mel: MelWindow, options: DecodingOptions) -> DecodingResult:
         """Decode one window. At further temperatures the same window is not encoded again."""
         question = f"window {mel.start} {mel.stop} {options}"
 
         def answer() -> dict[str, Any]:
-            features = self._features if mel is self._mel else None
-            self._mel = self._features = None
-            seed = self._strand.seed(question)
-            result = self._engine.decode(self._turn, mel.tensor(), options, features, seed=seed)
-            self._mel, self._features = mel, result.audio_features
+            window, seed = self._kept.window(mel.tensor()), self._strand.seed(question)
+            result = self._engine.decode(self._turn, self._kept, window, options, seed=seed)
             return {name: getattr(result, name) for name in _RECORDED}
 
         self._turn.check()
@@ -70,7 +67,7 @@ class ProxyModel:
         """Return the language's token and the probability of each language's code."""
 
         def answer() -> tuple[int, dict[str, float]]:
-            token, probabilities = self._engine.detect_language(self._turn, mel.tensor())
+            token, probabilities = self._engine.detect_language(self._turn, self._kept.window(mel.tensor()))
             return int(token), probabilities
 
         token, probabilities = self._strand.ask(f"language {mel.start} {mel.stop}", answer)
@@ -82,7 +79,8 @@ class ProxyModel:
         """Return the word timings of a window (what `whisper.timing.find_alignment` gives for the real model)."""
 
         def answer() -> list[tuple[str, list[int], float, float, float]]:
-            words = self._engine.align(self._turn, tokenizer, text_tokens, mel.tensor(), num_frames, **options)
+            window = self._kept.window(mel.tensor())
+            words = self._engine.align(self._turn, window, tokenizer, text_tokens, num_frames, **options)
             return [
                 (word.word, word.tokens, float(word.start), float(word.end), float(word.probability)) for word in words
             ]

@@ -1,0 +1,1 @@
+"""Many windows through one model at once, each with the words that openai-whisper would have found alone."""

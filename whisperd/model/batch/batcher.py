@@ -1,0 +1,261 @@
+"""The one thread that owns the device: what is encoded, begun and stepped next, and for whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from whisper.decoding import DecodingTask
+
+from whisperd.model.batch.encoder import Encoder
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.rows import LiveRows
+from whisperd.model.batch.search import Outcome, Search
+from whisperd.model.batch.windows import Window
+from whisperd.model.memory import is_out_of_memory
+from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn
+from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Gauges since the process began; written by the batcher's thread alone."""
+
+    windows: int = 0  # decoded
+    reused: int = 0  # not decoded, because their run had the same window before (written by job threads)
+    tokens: int = 0
+    encoded: int = 0
+    steps: int = 0
+    row_steps: int = 0  # rows that stepped, added up: row_steps / steps is how full the batch was
+    busy_s: float = 0.0
+
+
+class Request:
+    """A job's thread waits for it: a window to be decoded, or (without a task) features to be used once.
+
+    `done` is set when `outcome`, or `error`, is there.
+    """
+
+    def __init__(
+        self,
+        turn: Turn,
+        window: Window,
+        *,
+        task: DecodingTask | None = None,
+        search: Callable[[], Search] | None = None,
+        use: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.turn = turn
+        self.window = window
+        self.task = task
+        self.search = search
+        self.use = use
+        self.done = threading.Event()
+        self.outcome: Any = None
+        self.error: BaseException | None = None
+        self.encoding: Generator[None, None, Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows it takes."""
+        return 0 if self.task is None else self.task.n_group
+
+    def settle(self, outcome: Any = None, error: BaseException | None = None) -> None:
+        """End the waiting."""
+        self.encoding = None
+        self.outcome, self.error = outcome, error
+        self.done.set()
+
+
+@dataclass(slots=True, kw_only=True)
+class Limits:
+    """How many windows and rows of background work may be live; interactive work may go one window beyond."""
+
+    windows: int
+    rows: int
+
+    def halve(self) -> None:
+        self.windows, self.rows = max(1, self.windows // 2), max(1, self.rows // 2)
+
+
+class Batcher:
+    """Takes requests from any thread and works on all of them at once. `on_step` is called between any two pieces."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        live: LiveRows[Request],
+        kernels: Kernels,
+        limits: Limits,
+        *,
+        on_step: Callable[[], None],
+    ) -> None:
+        self.counters = Counters()
+        self._encoder, self._live, self._kernels, self._limits = encoder, live, kernels, limits
+        self._on_step = on_step
+        self._changed = threading.Condition()
+        self._waiting: list[Request] = []
+        self._interactive_in_a_row = 0
+        threading.Thread(target=self._serve, name="batcher", daemon=True).start()
+
+    def call(self, request: Request) -> Any:
+        """Return the request's outcome once it is there.
+
+        Raises what its work raised; `WhisperdError` (`cancelled`) at the next step once its run is cancelled, and
+        `out_of_memory` when it does not fit even alone.
+        """
+        with self._changed:
+            self._waiting.append(request)
+            self._changed.notify()
+        request.done.wait()
+        if request.error is not None:
+            raise request.error
+        return request.outcome
+
+    def _serve(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._live.count)
+                began = time.monotonic()
+                self._tick()
+                self.counters.busy_s += time.monotonic() - began
+
+    def _tick(self) -> None:
+        self._on_step()
+        self._drop_cancelled()
+        request = self._next()
+        if request is not None:
+            self._guarded([request], lambda: self._further(request))
+            if not self._kernels.encodes_beside_steps and not self._interactive_is_live():
+                return  # a CPU steps faster the more rows there are: first take in all that may come in
+        if self._live.count:
+            self._guarded(self._live.owners, self._step)
+
+    # -- what comes next -------------------------------------------------------------------------------------------
+
+    def _next(self) -> Request | None:
+        """Return the waiting request to bring further, or None when none may begin."""
+        with self._changed:
+            waiting = list(self._waiting)
+        interactive = [request for request in waiting if request.turn.interactive]
+        background = [request for request in waiting if not request.turn.interactive]
+        if background and self._interactive_in_a_row >= MAX_INTERACTIVE_IN_A_ROW:
+            order = background  # background work crawls under a stream of interactive work, but it moves
+        elif interactive or (self._interactive_is_live() and not self._kernels.encodes_beside_steps):
+            order = interactive
+        else:
+            order = background
+        order.sort(key=lambda request: request.encoding is None)  # what is half encoded comes first: it holds memory
+        return next((request for request in order if self._fits(request)), None)
+
+    def _fits(self, request: Request) -> bool:
+        if request.task is None or not self._live.count:
+            return True
+        if request.turn.interactive:
+            return len(self._live.owners) <= self._limits.windows
+        windows, rows = len(self._live.owners) + 1, self._live.count + request.rows
+        return windows <= self._limits.windows and rows <= self._limits.rows
+
+    def _interactive_is_live(self) -> bool:
+        return any(request.turn.interactive for request in self._live.owners)
+
+    # -- pieces of work --------------------------------------------------------------------------------------------
+
+    def _further(self, request: Request) -> None:
+        """Encode one block more, or begin what is encoded."""
+        window = request.window
+        if window.features is None:
+            if request.encoding is None:
+                assert window.mel is not None, "a window has its mel until it has features"
+                request.encoding = self._encoder.encode(window.mel)
+            try:
+                next(request.encoding)
+                return
+            except StopIteration as end:
+                window.features, window.mel, request.encoding = end.value, None, None
+                self.counters.encoded += 1
+                return
+        with self._changed:
+            others = any(not each.turn.interactive for each in self._waiting)
+            self._waiting.remove(request)
+        self._interactive_in_a_row = self._interactive_in_a_row + 1 if request.turn.interactive and others else 0
+        if request.use is not None:
+            request.settle(request.use(window.features))
+            return
+        assert request.task is not None
+        assert request.search is not None
+        outcome = self._live.begin(request, request.task, request.search(), window.features)
+        self.counters.tokens += request.rows
+        if outcome is not None:
+            self._ended(request, outcome)
+
+    def _step(self) -> None:
+        counters = self.counters
+        counters.steps += 1
+        counters.row_steps += self._live.count
+        counters.tokens += self._live.count
+        for request, outcome in self._live.step():
+            self._ended(request, outcome)
+
+    def _ended(self, request: Request, outcome: Outcome) -> None:
+        self.counters.windows += 1
+        request.settle(outcome)
+
+    # -- what goes wrong -------------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled = [request for request in self._waiting if request.turn.cancelled]
+            for request in cancelled:
+                self._waiting.remove(request)
+        for request in self._live.owners:
+            if request.turn.cancelled:
+                self._live.drop(request)
+                cancelled.append(request)
+        for request in cancelled:
+            request.settle(error=WhisperdError(ErrorCode.CANCELLED, "cancelled"))
+
+    def _guarded(self, concerned: list[Request], work: Callable[[], None]) -> None:
+        """Do a piece of work; an error ends the requests that it concerns, want of memory is tried again smaller."""
+        try:
+            work()
+        except BaseException as error:  # it is raised again where the requests came from
+            alone = len({*self._live.owners, *concerned}) == 1
+            for request in concerned:
+                if is_out_of_memory(error) and not alone:
+                    self._wait_again(request)
+                else:
+                    self._give_up(request, error)
+            if is_out_of_memory(error):
+                self._take_less(for_interactive=any(request.turn.interactive for request in concerned))
+
+    def _take_less(self, *, for_interactive: bool) -> None:
+        """Work on half as many windows at once from now on, and give memory back."""
+        if for_interactive and self._limits.windows == 1:
+            for request in self._live.owners:
+                self._wait_again(request)
+        self._limits.halve()
+        self._live.shrink(windows=self._limits.windows + 1, rows=self._limits.rows)
+        if self._kernels.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wait_again(self, request: Request) -> None:
+        """Begin a request anew when there is room. It will find the same: what is drawn depends on nothing else."""
+        self._live.drop(request)
+        request.encoding = None
+        with self._changed:
+            if request not in self._waiting:
+                self._waiting.insert(0, request)
+
+    def _give_up(self, request: Request, error: BaseException) -> None:
+        self._live.drop(request)
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+        request.settle(error=error)

@@ -1,0 +1,63 @@
+"""Keys and values of attention, in slots: the first n are in use, so a step reads them without gathering anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """For each layer keys and values of the shape `(slots, heads, length, width)`.
+
+    Used twice: what a row has said (length is the text context), and what a window's audio offers (the audio context;
+    all candidates of a window share one slot). Slots grow as they are asked for: a CPU's memory is taken when written.
+    """
+
+    def __init__(
+        self, *, layers: int, heads: int, length: int, width: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._shape = (heads, length, width)
+        self._options = {"dtype": dtype, "device": device}
+        # Zeros and not what lay there: a masked position counts nothing, but nothing times NaN is NaN.
+        self.keys = [self._zeros(slots) for _ in range(layers)]
+        self.values = [self._zeros(slots) for _ in range(layers)]
+
+    @staticmethod
+    def bytes_per_slot(*, layers: int, heads: int, length: int, width: int, dtype: torch.dtype) -> int:
+        """Return what one slot costs."""
+        return 2 * layers * heads * length * width * dtype.itemsize
+
+    @property
+    def length(self) -> int:
+        return self._shape[1]
+
+    @property
+    def slots(self) -> int:
+        return len(self.keys[0])
+
+    def resize(self, slots: int, *, used: int) -> None:
+        """Make it so many slots, a layer at a time; the first `used` keep what they hold."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = self._zeros(slots)
+                new[:used] = old[:used]
+                tensors[layer] = new
+
+    def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Copy the first `length` positions of each (source, target) pair of slots; no target is a source too."""
+        if not pairs:
+            return
+        if len(pairs) == 1:
+            ((source, target),) = pairs
+            for tensor in (*self.keys, *self.values):
+                tensor[target, :, :length] = tensor[source, :, :length]
+            return
+        sources, targets = torch.tensor(pairs, device=self.keys[0].device).T
+        for tensor in (*self.keys, *self.values):
+            part = tensor[:, :, :length]
+            part.index_copy_(0, targets, part.index_select(0, sources))
+
+    def _zeros(self, slots: int) -> Tensor:
+        return torch.zeros(slots, *self._shape, **self._options)  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,219 @@
+"""The decoder: one step of all rows, the prompt of one window, and a text at once without caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from whisper.model import ResidualAttentionBlock, TextDecoder
+
+from whisperd.model.batch.caches import Cache
+from whisperd.model.batch.encoder import fused_qkv
+from whisperd.model.batch.kernels import Kernels, Linear
+
+_ROWS = 8  # what the layers are laid out for; other numbers work too
+_VOCABULARY_MULTIPLE = 64  # tensor cores want a whole number of tiles
+
+Attend = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    norm: Linear
+    qkv: Linear
+    out: Linear
+    cross_norm: Linear
+    cross_query: Linear
+    cross_kv: Linear
+    cross_out: Linear
+    mlp_norm: Linear
+    mlp_in: Linear
+    mlp_out: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which rows listen to which window, where that is not simply row n to window n.
+
+    `rows` is `(windows, most rows of a window)`, filled up with any row; `places` says where in it each row stands.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+
+class Decoder:
+    """openai-whisper's decoder on caches of our own. All methods want `torch.inference_mode`."""
+
+    def __init__(self, decoder: TextDecoder, kernels: Kernels, *, heads: int, audio_positions: int) -> None:
+        self._kernels = kernels
+        self._heads = heads
+        self._audio_positions = audio_positions
+        self._embeddings: Tensor = decoder.token_embedding.weight.detach()
+        self._positions: Tensor = decoder.positional_embedding.detach()
+        self._vocabulary: int = self._embeddings.shape[0]
+        self.width: int = self._embeddings.shape[1]
+        self._norm = kernels.norm(decoder.ln)
+        self._logits = kernels.linear(self._padded_embeddings(), None, rows=_ROWS)
+        self._blocks = [_pack(block, kernels, audio_positions) for block in decoder.blocks]
+
+    def row_cache(self, slots: int) -> Cache:
+        """Return a cache for what rows have said."""
+        return self._cache(len(self._positions), slots)
+
+    def window_cache(self, slots: int) -> Cache:
+        """Return a cache for what windows offer."""
+        return self._cache(self._audio_positions, slots)
+
+    def step(
+        self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
+    ) -> Tensor:
+        """Feed each of the first rows its token at its position; return `(rows, vocabulary)` float32 logits."""
+        device, count, length = self._kernels.device, len(tokens), max(positions) + 1
+        place = torch.tensor([tokens, positions], device=device)
+        at, each = place[1], torch.arange(count, device=device)
+        mask = None
+        if min(positions) + 1 < length:
+            beyond = torch.arange(length, device=device) > at[:, None]
+            mask = torch.zeros(beyond.shape, dtype=self._kernels.stream, device=device)
+            mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = qkv.view(count, 3, self._heads, -1).unbind(1)
+            keys, values = rows.keys[layer], rows.values[layer]
+            keys[each, :, at] = k
+            values[each, :, at] = v
+            return F.scaled_dot_product_attention(
+                q[:, :, None], keys[:count, :, :length], values[:count, :, :length], attn_mask=mask
+            ).reshape(count, -1)
+
+        def listen(layer: int, query: Tensor) -> Tensor:
+            q = query.view(count, self._heads, 1, -1)
+            if routing is not None:
+                q = q[routing.rows, :, 0].transpose(1, 2)
+            heard = F.scaled_dot_product_attention(q, windows.keys[layer][: len(q)], windows.values[layer][: len(q)])
+            if routing is not None:
+                heard = heard.transpose(1, 2).flatten(0, 1)[routing.places]
+            return heard.reshape(count, -1)
+
+        return self._read(self._run(self._embed(place[0], at), attend, listen))
+
+    def listen_to(self, features: Tensor, windows: Cache, slot: int) -> None:
+        """Fill a window's slot from its features."""
+        for layer in range(len(self._blocks)):
+            windows.keys[layer][slot], windows.values[layer][slot] = self._offer(layer, features)
+
+    def begin(
+        self, tokens: Sequence[int], read_at: Sequence[int], rows: Cache, row: int, windows: Cache, window: int
+    ) -> Tensor:
+        """Feed a row its prompt; return the logits `(len(read_at), vocabulary)` behind the tokens at `read_at`."""
+        length = len(tokens)
+
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            rows.keys[layer][row, :, :length] = keys
+            rows.values[layer][row, :, :length] = values
+
+        def listen(layer: int, query: Tensor) -> Tensor:
+            q = self._split(query)
+            keys, values = windows.keys[layer][window], windows.values[layer][window]
+            return _join(F.scaled_dot_product_attention(q[None], keys[None], values[None])[0])
+
+        x = self._run(self._embed_from_start(tokens), lambda n, qkv: self._attend_causally(n, qkv, keep), listen)
+        return self._read(x[list(read_at)])
+
+    def read_through(
+        self, tokens: Sequence[int], features: Tensor, on_weights: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Feed a whole text at once; return the logits behind each token, `(len(tokens), vocabulary)` float32.
+
+        `on_weights` gets, of each layer, how much each token wants each moment of the audio: before the softmax,
+        `(heads, len(tokens), audio positions)` float32, computed as openai-whisper does for word times.
+        """
+
+        def listen(layer: int, query: Tensor) -> Tensor:
+            q, (keys, values) = self._split(query), self._offer(layer, features)
+            if on_weights is None:
+                return _join(F.scaled_dot_product_attention(q[None], keys[None], values[None])[0])
+            scale = q.shape[-1] ** -0.25
+            wanted = ((q * scale) @ (keys * scale).transpose(-1, -2)).float()
+            on_weights(layer, wanted)
+            return _join(F.softmax(wanted, dim=-1).to(q.dtype) @ values)
+
+        return self._read(self._run(self._embed_from_start(tokens), self._attend_causally, listen))
+
+    def _run(self, x: Tensor, attend: Attend, listen: Attend) -> Tensor:
+        for layer, block in enumerate(self._blocks):
+            x = x + block.out(attend(layer, block.qkv(block.norm(x))))
+            x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
+            x = x + block.mlp_out(block.mlp_in(block.mlp_norm(x)))
+        return self._norm(x)
+
+    def _embed_from_start(self, tokens: Sequence[int]) -> Tensor:
+        each = torch.tensor([*tokens], device=self._kernels.device)
+        return self._embed(each, torch.arange(len(tokens), device=self._kernels.device))
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return (self._embeddings[tokens] + self._positions[positions]).to(self._kernels.stream)
+
+    def _read(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._logits(x)[:, : self._vocabulary].float()
+        return logits
+
+    def _attend_causally(
+        self, layer: int, qkv: Tensor, keep: Callable[[int, Tensor, Tensor], None] | None = None
+    ) -> Tensor:
+        q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
+        if keep is not None:
+            keep(layer, k, v)
+        return _join(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0])
+
+    def _offer(self, layer: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._blocks[layer].cross_kv(features).chunk(2, dim=-1)
+        return self._split(keys), self._split(values)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """`(length, heads * width)` to `(heads, length, width)`."""
+        return x.view(*x.shape[:-1], self._heads, -1).transpose(0, 1)
+
+    def _cache(self, length: int, slots: int) -> Cache:
+        return Cache(
+            layers=len(self._blocks),
+            heads=self._heads,
+            length=length,
+            width=self.width // self._heads,
+            slots=slots,
+            dtype=self._kernels.stream,
+            device=self._kernels.device,
+        )
+
+    def _padded_embeddings(self) -> Tensor:
+        if self._kernels.device.type == "cpu":
+            return self._embeddings
+        return F.pad(self._embeddings, (0, 0, 0, -self._vocabulary % _VOCABULARY_MULTIPLE))
+
+
+def _join(x: Tensor) -> Tensor:
+    """`(heads, length, width)` to `(length, heads * width)`."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _pack(block: ResidualAttentionBlock, kernels: Kernels, audio_positions: int) -> _Block:
+    cross = block.cross_attn
+    kv_weight = torch.cat([cross.key.weight, cross.value.weight])
+    kv_bias = torch.cat([torch.zeros_like(cross.value.bias), cross.value.bias])
+    weight, bias = fused_qkv(block.attn)
+    return _Block(
+        norm=kernels.norm(block.attn_ln),
+        qkv=kernels.linear(weight, bias, rows=_ROWS),
+        out=kernels.linear(block.attn.out.weight, block.attn.out.bias, rows=_ROWS),
+        cross_norm=kernels.norm(block.cross_attn_ln),
+        cross_query=kernels.linear(cross.query.weight, cross.query.bias, rows=_ROWS),
+        cross_kv=kernels.linear(kv_weight, kv_bias, rows=audio_positions),
+        cross_out=kernels.linear(cross.out.weight, cross.out.bias, rows=_ROWS),
+        mlp_norm=kernels.norm(block.mlp_ln),
+        mlp_in=kernels.linear(block.mlp[0].weight, block.mlp[0].bias, rows=_ROWS, gelu=True),
+        mlp_out=kernels.linear(block.mlp[2].weight, block.mlp[2].bias, rows=_ROWS),
+    )
