@@ -109,6 +109,7 @@ class ModelHelper:
                 on_step=self._link.step,
                 environ=os.environ,
             )
+            identity = fingerprint(model)  # before the engine takes the weights apart
             self._engine = Engine(model, on_step=self._link.step, release=True)
             self._speech = SpeechDetector()
         except Exception as error:
@@ -117,7 +118,7 @@ class ModelHelper:
             self._link.send(status("failed", name=settings.model, error=self._error))
             return
         log.info("model: ready model=%s device=%s dtype=%s", model.name, model.device, model.dtype_name)
-        self._link.send(ready(model, capacity=settings.open_runs))
+        self._link.send(ready(model, identity, capacity=settings.open_runs))
 
     def _loading_error(self, error: Exception) -> str:
         if isinstance(error, WhisperdError):
@@ -233,7 +234,7 @@ def status(state: str, *, name: str, error: str | None = None) -> ModelStatus:
     return ModelStatus(state=state, name=name, device="", dtype="", error=error, capacity=0, traits={}, fingerprint="")
 
 
-def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
+def ready(model: LoadedModel, identity: str, *, capacity: int) -> ModelStatus:
     """Return the status of a model that works."""
     return ModelStatus(
         state="ready",
@@ -243,7 +244,7 @@ def ready(model: LoadedModel, *, capacity: int) -> ModelStatus:
         error=None,
         capacity=capacity,
         traits=model.traits(),
-        fingerprint=fingerprint(model),
+        fingerprint=identity,
     )
 
 
