@@ -7,8 +7,8 @@ through the loop that calls it, and does what upstream does when it is not calle
 - `transcribe.log_mel_spectrogram` computes the mel of the whole file; here it returns `FileMel`, which reads as sliced.
 - `transcribe.pad_or_trim` takes tensors; here a window stays a promise until the model wants it.
 - `transcribe.tqdm` draws a bar; here it sends live segments and progress, seeing the loop's own list grow.
-- `timing.find_alignment` puts hooks on the model's shared blocks; here the same function runs on the engine's thread,
-  on the real model, one at a time.
+- `timing.find_alignment` puts hooks on the model's blocks and encodes the window again; here the same function gets a
+  stand-in, and what the engine read with the features it has kept (`batch/upstream.py`).
 """
 
 from __future__ import annotations
