@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -76,11 +76,31 @@ def test_a_disk_that_fails_at_a_commit_ends_the_daemon_without_a_reply(
             with pytest.raises((EOFError, OSError)):
                 submit(client, path, key="at")
             assert ended(daemon) == 1
+    assert log.exists(), "who closes the database writes to that disk again"
+    assert "storage failed" in daemon.log()
     daemon.start()
     with daemon.client() as client:
         assert client.call("result", job=kept["id"])["job"]["state"] == "queued"
         again = submit(client, path, key="at")
         assert [job["id"] for job in client.call("jobs")["jobs"]] == [again["id"], kept["id"]]
+
+
+@requires_program("strace")
+def test_a_disk_that_fails_when_the_log_is_folded_ends_the_daemon(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SQLite itself would pass over this one, try again, and be told that all is well."""
+    daemon = start_daemon(model=NO_MODEL)
+    inject = ["-P", str(database(daemon)), "-e", "inject=fsync,fdatasync:error=EIO"]
+    with daemon.client() as client:
+        job = submit(client, recording())
+        with traced(daemon.pid, tmp_path / "trace", *inject), suppress(EOFError, OSError):
+            for _ in range(1000):
+                client.call("jobs")
+    assert ended(daemon) == 1
+    daemon.start()
+    with daemon.client() as client:
+        assert [row["id"] for row in client.call("jobs")["jobs"]] == [job["id"]]
 
 
 @requires_program("strace")

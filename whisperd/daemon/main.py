@@ -204,11 +204,14 @@ class _Daemon:
         self._manager = manager = ServiceManager(loop, house)
         loop.call_soon(manager.ready)
         loop.run()
-        if self._exit_code == 0:
-            database.stop()
-            house.ledger.spool.stop()
-            log.info("stopped")
-        return self._exit_code
+        if self._exit_code:
+            # Without a last word to the database: closing it would write to a disk that has just failed.
+            logging.shutdown()
+            os._exit(self._exit_code)
+        database.stop()
+        house.ledger.spool.stop()
+        log.info("stopped")
+        return 0
 
     def _read_stdin(self, events: int) -> None:
         if not os.read(_STDIN, 4096):

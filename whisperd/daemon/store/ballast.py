@@ -57,7 +57,7 @@ class Ballast:
     def drop_if_full(self, needed_bytes: int) -> None:
         """Drop it where less than `needed_bytes` are free: at the start, before anything is written."""
         with contextlib.suppress(OSError):  # a folder that cannot be read is the next caller's to tell
-            if free_bytes(self._path.parent) < needed_bytes and self._is_whole():
+            if free_bytes(self._path.parent) < needed_bytes and self._path.exists():
                 self.missing = False
                 self.drop()
 

@@ -138,6 +138,8 @@ class Database:
             try:
                 while not self._commit(batch):
                     log.warning("another program holds the database: whisperd waits for it path=%s", self.path)
+                for call in batch:
+                    self._deliver(lambda call=call: call.done(call.outcome))  # type: ignore[misc]
                 self._commits += 1
                 if self._commits >= _CHECKPOINT_EVERY:
                     self._checkpoint()
@@ -145,8 +147,6 @@ class Database:
                 log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
                 self._deliver(lambda reason=str(error): self.failed(reason))  # type: ignore[misc]
                 return
-            for call in batch:
-                self._deliver(lambda call=call: call.done(call.outcome))  # type: ignore[misc]
             if stopping:
                 return
 
