@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon, RawClient, submit, wait_until
+from tests.media_server import serving
+from tests.support import PLAIN_OPTIONS, Daemon, RawClient, submit, wait_until
 from whisperd.daemon.lanes.idleness import keep_alive_s
 
 
@@ -70,4 +71,28 @@ def test_a_paused_queue_wakes_no_model_and_what_an_admin_unloads_stays_unloaded(
         job = submit(client, recording())
         waits(job, starts=2)
         client.call("model", action="load")
+        assert client.result(job["id"])["job"]["state"] == "done"
+
+
+def test_an_interactive_download_wakes_the_model_and_a_background_one_does_not(
+    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    settings = {"fetch_allow_private": True, "fetch_extractors": ["generic"], "keep_alive_s": 0.1}
+    daemon = start_daemon(model=str(micro), **settings)
+    with serving(recording(5)) as server, daemon.client() as client:
+        source = {"kind": "url", "url": server.url("slow/talk.wav")}
+
+        def fetch(**params: Any) -> dict[str, Any]:
+            job: dict[str, Any] = client.call("submit", source=source, options=PLAIN_OPTIONS, **params)["job"]
+            return job
+
+        unloaded(daemon, client)
+        job = fetch()
+        wait_until(lambda: server.asked["/slow/talk.wav"] == 2, 20, "it is being downloaded")
+        assert client.call("health")["model"]["state"] == "unloaded"
+        assert fetch(priority="interactive")["state"] == "fetching"
+        wait_until(
+            lambda: client.call("health")["model"]["state"] == "ready", 30, "it is loaded for somebody who waits"
+        )
+        server.go_on.set()
         assert client.result(job["id"])["job"]["state"] == "done"

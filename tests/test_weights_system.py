@@ -64,7 +64,9 @@ def test_a_download_goes_on_after_kill_9_of_helper_and_daemon(
         assert not daemon.helpers(MODEL)
         waiting = client.call("result", job=job["id"])["job"]
         assert (waiting["state"], waiting["phase"]) == ("queued", health["problems"][0])
-        assert daemon.whisperctl("health").stdout.startswith("starting · model ours is being downloaded (")
+        first, second = daemon.whisperctl("health").stdout.splitlines()
+        assert first.startswith("starting · model ours is being downloaded (")
+        assert second.startswith("downloading the model ours (")
         daemon.helpers(FETCHER)[0].kill()
         wait_until(lambda: len(server.parts) == 2, 20, "another helper asks for the rest")
         assert server.parts[1] > 2**20

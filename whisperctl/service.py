@@ -186,4 +186,6 @@ def health_lines(health: Mapping[str, Any], *, colours: bool) -> list[str]:
     error = (health.get("model") or {}).get("error")
     if error and not any(safe(error) in problem for problem in problems):
         problems.append(safe(error))
-    return [" · ".join(parts), *(paint("problem: ", "red", colours=colours) + problem for problem in problems)]
+    # While it starts nothing is wrong: that is what it waits for.
+    label = "" if status == "starting" else paint("problem: ", "red", colours=colours)
+    return [" · ".join(parts), *(label + problem for problem in problems)]

@@ -197,8 +197,16 @@ class ModelLane:
         return self.state == "ready" and not self._open and (self.paused or not self._work_waits())
 
     def _work_waits(self) -> bool:
-        """True when audio is on hand: what is still decoded will need the model in a moment."""
-        return any(run.row.state is JobState.QUEUED for run in self._ledger.board.runs.values())
+        """True when audio is on hand (what is still decoded will need the model in a moment), or somebody waits for it.
+
+        A background download does not count: it may take hours.
+        """
+        board = self._ledger.board
+        return any(
+            run.row.state is JobState.QUEUED
+            or (run.row.state is JobState.FETCHING and board.priority(run.row.id) is Priority.INTERACTIVE)
+            for run in board.runs.values()
+        )
 
     def _fall_asleep(self) -> None:
         if self._is_idle():
