@@ -63,7 +63,7 @@ class _CannotStart(Exception):
         self.code = code
 
 
-class _Command(click.Command):
+class _Command(click.Group):
     """A command whose wrong usage (a drop-in with a typing error) is told to the waiting clients too."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -75,7 +75,7 @@ class _Command(click.Command):
             raise
 
 
-@click.command(cls=_Command, context_settings=_CONTEXT)
+@click.group(cls=_Command, context_settings=_CONTEXT, invoke_without_command=True)
 @click.option("--config", metavar="FILE", help="Settings in TOML; docs/configuration.md lists them.")
 @click.option("--socket", metavar="PATH", help="Unix socket to listen on.")
 @click.option("--state-dir", metavar="DIR", help="Folder of the queue, the audio and the transcripts.")
@@ -88,11 +88,14 @@ class _Command(click.Command):
 @click.option("--until-eof", is_flag=True, help="Stop when standard input (a pipe) ends: another program's own daemon.")
 @click.option("--check", is_flag=True, help="Check the settings and exit.")
 @click.version_option(__version__, "-V", "--version", prog_name="whisperd")
-def main(check: bool, until_eof: bool, **flags: Any) -> None:
+@click.pass_context
+def main(context: click.Context, /, check: bool, until_eof: bool, **flags: Any) -> None:
     """Own the GPU: load one Whisper model and transcribe for every program on this machine.
 
-    Runs in the foreground and logs to stderr; `whisperctl` talks to it.
+    Runs in the foreground and logs to stderr; `whisperctl` talks to it. `whisperd setup` makes systemd run it.
     """
+    if context.invoked_subcommand is not None:
+        return
     logs.configure()
     listener = None
     try:
@@ -109,6 +112,34 @@ def main(check: bool, until_eof: bool, **flags: Any) -> None:
         _end(error.code, str(error), listener)
 
 
+@main.command("setup", context_settings=_CONTEXT)
+@click.option("--user", is_flag=True, help="For you alone, run by your own systemd; the default for all but root.")
+@click.option("--model", metavar="NAME", help="Take this model instead of the one that suits the device.")
+@click.option("--remove", is_flag=True, help="Undo it; what was fetched and transcribed stays.")
+def set_up(user: bool, model: str | None, remove: bool) -> None:
+    """Open the socket in systemd, choose and fetch a model, and try it: the first five minutes.
+
+    May be run again: what is done already stays as it is. Exit code 1 when a step failed, which says what to do.
+    """
+    from whisperd.daemon.setup import Setup, StepFailed
+
+    try:
+        if missing := _missing_packages():
+            raise StepFailed(missing)
+        steps = Setup(user=user or os.geteuid() != 0)
+        sys.exit(steps.remove() if remove else steps.run(model))
+    except (StepFailed, ConfigError, OSError) as error:
+        click.echo(f"whisperd setup: {error}", err=True)
+        sys.exit(1)
+
+
+def _missing_packages() -> str:
+    missing = [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]
+    if not missing:
+        return ""
+    return f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}"
+
+
 def serve(config: Config, listener: Listener | None = None, *, until_eof: bool = False) -> int:
     """Run the daemon until it is told to stop; return its exit code. `listener` is the inherited one, if any.
 
@@ -120,8 +151,8 @@ def serve(config: Config, listener: Listener | None = None, *, until_eof: bool =
     faulthandler.enable()
     if until_eof and not stat.S_ISFIFO(os.fstat(_STDIN).st_mode):
         raise ConfigError("--until-eof needs a pipe as standard input, whose end tells when to stop")
-    if missing := [name for name in _HELPERS_NEED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"the packages that the helpers need are not there ({', '.join(missing)}): {_INSTALL_SERVER}")
+    if missing := _missing_packages():
+        raise ConfigError(missing)
     os.umask(0o077)
     # The soft limit, often 1,024, is kept low for programs that use select(2); the loop does not.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
