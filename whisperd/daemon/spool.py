@@ -27,8 +27,10 @@ PARTIAL = ".partial"  # a copier's folder before it is complete and renamed
 class Spool:
     """Hands out names of folders and deletes folders that no row names any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, again_s: float = 60.0) -> None:
+        """What cannot be deleted is tried again every `again_s` seconds."""
         self.path = path
+        self._again_s = again_s
         self.downloads = path.with_name("downloads")
         self._doomed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._delete, name="spool", daemon=True)
@@ -97,19 +99,35 @@ class Spool:
         self._thread.join(timeout=2)
 
     def _delete(self) -> None:
-        while (folder := self._doomed.get()) is not None:
-            for root in (self.path, self.downloads):
-                for name in {folder, folder.removesuffix(PARTIAL) + PARTIAL}:
-                    _delete(root / name)
+        left: list[str] = []  # what could not be deleted: no descriptor was free, or a disk was out of order
+        while True:
+            try:
+                folder = self._doomed.get(timeout=self._again_s if left else None)
+            except queue.Empty:
+                left = [folder for folder in left if not self._erased(folder)]
+                continue
+            if folder is None:
+                return
+            if not self._erased(folder):
+                log.warning("cannot delete folder=%s; trying again every %g s", folder, self._again_s)
+                left.append(folder)
+
+    def _erased(self, folder: str) -> bool:
+        names = {folder, folder.removesuffix(PARTIAL) + PARTIAL}
+        gone = [_delete(root / name) for root in (self.path, self.downloads) for name in names]
+        return all(gone)
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path) -> bool:
+    """Delete a folder or a file; return False, having said why, where that is not possible now."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except FileNotFoundError:
-        return
+        return True
     except OSError as error:
-        log.warning("cannot delete folder=%s error=%r", path.name, error)
+        log.debug("cannot delete folder=%s error=%r", path.name, error)
+        return False
+    return True
