@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.installed import PLAIN, PYTHON, SOURCE, drop_in, main_pid, recording, wait_up, whisperctl
+from tests.installed import PLAIN, PYTHON, SOURCE, configure, drop_in, main_pid, recording, wait_up, whisperctl
 from tests.machine import Machine, requires_systemd
-from tests.support import wait_until
+from tests.support import to_toml, wait_until
 
 pytestmark = requires_systemd
 
@@ -94,6 +95,24 @@ def test_a_stop_of_the_daemon_ends_its_downloads(machine: Machine) -> None:
         wait_until(lambda: not instances(machine), 10, "it ends")
         machine.write("/tmp/go-on", "")
         assert "done" in whisperctl(machine, "wait", "--timeout", "60", job)
+
+
+def test_a_model_is_downloaded_in_its_unit_for_the_daemon(machine: Machine) -> None:
+    with drop_in(machine, FETCH, LOOPBACK), web_server(machine) as web:
+        sha256 = hashlib.sha256((machine.root / "tmp/web.wav").read_bytes()).hexdigest()
+        configure(machine, to_toml({"extra_models": [f"ours={sha256}"], "models_url": web}))
+        try:
+            machine.run("systemctl", "restart", "whisperd.service")
+            wait_up(machine)
+            path = whisperctl(machine, "model", "pull", "ours", user="").strip()
+        finally:
+            configure(machine)
+            machine.run("systemctl", "restart", "whisperd.service")
+    assert path == "/var/cache/whisperd/models/ours.pt"
+    assert machine.run("sha256sum", path).stdout.split()[0] == sha256
+    # The daemon is in the group.
+    assert machine.run("stat", "--format=%U %G %a", path).stdout == "whisperd-fetch whisperd-fetch 660\n"
+    wait_until(lambda: not instances(machine), 10, "it ends with its work")
 
 
 def test_nobody_but_the_daemon_may_ask_for_a_download(machine: Machine) -> None:
