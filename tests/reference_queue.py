@@ -36,7 +36,9 @@ class Work:
     fresh: bool
     state: JobState
     decoded_s: float | None = None
-    said: list[str] = field(default_factory=list)  # since its last start
+    model: str | None = None  # whose words and answers these are
+    said: list[str] = field(default_factory=list)
+    answers: list[bytes] = field(default_factory=list)
     deaths: int = 0
     fetch_failures: int = 0
     keep_audio_until: float | None = None
@@ -48,7 +50,7 @@ class Work:
 
 @dataclass(eq=False, kw_only=True)
 class Order:
-    """A job. `story` is its events in words: states (`queued!` says that earlier segments are void) and segments."""
+    """A job. `story` is its events in words: states (`running!` says that earlier segments are void) and segments."""
 
     id: int
     uid: int
@@ -197,14 +199,18 @@ class Reference:
 
     def decoded(self, work: Work, seconds: float) -> None:
         if not work.ended:
-            work.decoded_s = seconds
+            work.decoded_s, work.deaths = seconds, 0
 
-    def start(self, work: Work) -> None:
-        work.said = []
+    def start(self, work: Work, model: str) -> None:
         self._move_work(work, JobState.RUNNING)
+        if work.model != model:
+            for job in self.holders(work):
+                job.story[-1] += "!" if work.said else ""
+            work.model, work.said, work.answers = model, [], []
 
-    def say(self, work: Work, texts: Iterable[str]) -> None:
+    def say(self, work: Work, texts: Iterable[str], answers: Iterable[bytes]) -> None:
         if work.state is JobState.RUNNING:
+            work.answers += answers
             for text in texts:
                 work.said.append(text)
                 for job in self.holders(work):
@@ -219,13 +225,23 @@ class Reference:
         if not work.ended:
             self._end_work(work, JobState.FAILED, code)
 
+    def void_journal(self, work: Work) -> None:
+        if work.state is JobState.RUNNING:
+            self._unstart(work)
+            work.model = None
+
+    def count_death(self, work: Work) -> None:
+        if not work.ended:
+            work.deaths += 1
+            if work.deaths == MAX_DEATHS:
+                self._end_work(work, JobState.FAILED, "worker_crashed")
+
     def put_back(self, work: Work, *, died: bool) -> None:
+        if died:
+            self.count_death(work)
         if work.ended:
             return
-        work.deaths += died
-        if died and work.deaths == MAX_DEATHS:
-            self._end_work(work, JobState.FAILED, "worker_crashed")
-        elif work.state is JobState.RUNNING:
+        if work.state is JobState.RUNNING:
             self._unstart(work)
         elif work.state is JobState.FETCHING:
             self._unfetch(work)
@@ -322,11 +338,7 @@ class Reference:
             self._move(job, state)
 
     def _unstart(self, work: Work) -> None:
-        work.state = JobState.QUEUED
-        for job in self.holders(work):
-            self._move(job, JobState.QUEUED)
-            job.story[-1] += "!" if work.said else ""
-        work.said = []
+        self._move_work(work, JobState.QUEUED)
 
     def _unfetch(self, work: Work) -> None:
         work.folder = None
@@ -339,7 +351,7 @@ class Reference:
     def _end_work(self, work: Work, state: JobState, error: str | None = None) -> None:
         for job in self.holders(work):
             self._end(job, state, error)
-        work.state = state
+        work.state, work.answers = state, []
         if work.audio is None:  # a download that was not complete
             work.folder = None
         elif state is not JobState.DONE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Book:
         job = self.accept(**fields).job
         assert job is not None
         self.run(lambda db: STORE.decoded(db, job.run_id, audio_s=2.0, truncated=False))
-        self.run(lambda db: STORE.start(db, job.run_id, self.now))
+        self.run(lambda db: STORE.start(db, job.run_id, self.now, "model"))
         return job
 
     def job(self, job_id: int) -> JobRow:
@@ -87,9 +87,14 @@ class Book:
             for event in events
         ]
 
-    def say(self, run_id: int, *texts: str) -> Change:
-        change: Change = self.run(lambda db: STORE.add_segments(db, run_id, [{"text": text} for text in texts]))
+    def say(self, run_id: int, *texts: str, entries: Sequence[bytes] = ()) -> Change:
+        segments = [{"text": text} for text in texts]
+        change: Change = self.run(lambda db: STORE.add_segments(db, run_id, segments, entries=entries))
         return change
+
+    def journal(self, run_id: int) -> list[bytes]:
+        entries: list[bytes] = self.run(lambda db: STORE.journal(db, run_id))
+        return entries
 
     def finish(self, run_id: int) -> Change:
         change: Change = self.run(lambda db: STORE.finish(db, run_id, b"\x80", self.now))
@@ -201,31 +206,71 @@ def test_ids_are_never_used_again(book: Book) -> None:
 # --- deaths and restarts ---
 
 
-def test_a_restart_returns_running_work_to_the_queue(book: Book) -> None:
+def test_a_restart_returns_running_work_to_the_queue_with_what_it_has_come_to(book: Book) -> None:
     running, waiting = book.running(), job_of(book.accept(share=b"other"))
-    book.say(running.run_id, "one")
+    book.say(running.run_id, "one", entries=[b"a"])
     book.open()  # as after kill -9: the old connection is simply left
     live, folders = book.run(lambda db: STORE.recover(db, book.now))
     assert {job.id: job.state for job in live.jobs} == {running.id: JobState.QUEUED, waiting.id: JobState.QUEUED}
     assert folders == {"folder-1", "folder-2"}
-    assert book.story(running.id) == ["queued", "running", "one", "queued!"]
-    book.run(lambda db: STORE.start(db, running.run_id, book.now))
-    book.say(running.run_id, "again")
+    assert book.story(running.id) == ["queued", "running", "one", "queued"]
+    joined = job_of(book.accept())
+    assert book.story(joined.id) == ["queued", "one"]
+    book.run(lambda db: STORE.start(db, running.run_id, book.now, "model"))
+    assert book.journal(running.run_id) == [b"a"]
+    book.say(running.run_id, "two", entries=[b"b", b"c"])
+    assert book.journal(running.run_id) == [b"a", b"b", b"c"]
     book.finish(running.run_id)
-    assert book.story(running.id) == ["queued", "running", "one", "queued!", "running", "again", "done"]
-    later = book.accept()
-    assert book.story(job_of(later).id) == ["queued", "again", "done"], "void segments are not told to who comes later"
+    assert book.story(running.id) == ["queued", "running", "one", "queued", "running", "two", "done"]
+    assert book.story(joined.id) == ["queued", "one", "running", "two", "done"]
+    assert book.journal(running.run_id) == [], "it ends with its run"
+    assert book.story(job_of(book.accept()).id) == ["queued", "one", "two", "done"]
 
 
-def test_who_joins_a_run_that_was_put_back_is_not_told_what_is_void(book: Book) -> None:
-    first = book.running()
-    book.say(first.run_id, "void")
-    book.run(lambda db: STORE.put_back(db, first.run_id, book.now, died=False))
-    second = job_of(book.accept())
-    assert book.story(second.id) == ["queued"]
-    book.run(lambda db: STORE.start(db, first.run_id, book.now))
-    book.say(first.run_id, "one")
-    assert book.story(second.id) == ["queued", "running", "one"]
+def test_another_model_begins_anew_and_says_so(book: Book) -> None:
+    job = book.running()
+    book.say(job.run_id, "void", entries=[b"a"])
+    book.run(lambda db: STORE.put_back(db, job.run_id, book.now))
+    joined = job_of(book.accept())
+    book.run(lambda db: STORE.start(db, job.run_id, book.now, "another model"))
+    assert book.journal(job.run_id) == []
+    book.say(job.run_id, "one")
+    book.finish(job.run_id)
+    assert book.story(job.id) == ["queued", "running", "void", "queued", "running!", "one", "done"]
+    assert book.story(joined.id) == ["queued", "void", "running!", "one", "done"]
+    assert book.story(job_of(book.accept()).id) == ["queued", "one", "done"], "the void is not told who comes later"
+
+
+def test_a_journal_that_cannot_be_used_begins_anew_too(book: Book) -> None:
+    job = book.running()
+    book.say(job.run_id, "void", entries=[b"a"])
+    book.run(lambda db: STORE.void_journal(db, job.run_id))
+    assert book.job(job.id).state is JobState.QUEUED
+    book.run(lambda db: STORE.start(db, job.run_id, book.now, "model"))
+    assert book.journal(job.run_id) == []
+    assert book.story(job.id) == ["queued", "running", "void", "queued", "running!"]
+
+
+@pytest.mark.parametrize("end", ["finish", "fail", "cancel"])
+def test_a_journal_ends_with_its_run(book: Book, end: str) -> None:
+    job, other = book.running(), book.running(share=b"other")
+    for run_id in (job.run_id, other.run_id):
+        book.say(run_id, "one", entries=[b"a"])
+    calls = {
+        "finish": lambda db: STORE.finish(db, job.run_id, b"\x80", book.now),
+        "fail": lambda db: STORE.fail(db, job.run_id, WhisperdError("internal", "no"), book.now),
+        "cancel": lambda db: STORE.cancel(db, job.id, book.now, uid=1),
+    }
+    book.run(calls[end])
+    assert (book.journal(job.run_id), book.journal(other.run_id)) == ([], [b"a"])
+
+
+def test_answers_that_come_too_late_are_not_recorded(book: Book) -> None:
+    job = book.running()
+    book.run(lambda db: STORE.put_back(db, job.run_id, book.now))
+    book.say(job.run_id, "late", entries=[b"a"])
+    assert book.journal(job.run_id) == []
+    assert book.story(job.id) == ["queued", "running", "queued"]
 
 
 def test_the_third_death_fails_a_run(book: Book) -> None:
@@ -235,6 +280,27 @@ def test_the_third_death_fails_a_run(book: Book) -> None:
         book.run(lambda db: STORE.put_back(db, job.run_id, book.now, died=True))
         assert book.job(job.id).state is state
     assert book.job(job.id).error_code == "worker_crashed"
+
+
+def test_a_death_in_company_is_suspicious_and_one_alone_counts(book: Book) -> None:
+    job = book.running()
+    for number in range(1, 6):
+        book.run(lambda db: STORE.start(db, job.run_id, book.now, "model"))
+        change = book.run(lambda db: STORE.put_back(db, job.run_id, book.now, suspect=True))
+        assert [(run.suspicion, run.deaths) for run in change.runs] == [(number, 0)]
+    for state in (JobState.QUEUED, JobState.QUEUED, JobState.FAILED):
+        change = book.run(lambda db: STORE.count_death(db, job.run_id, book.now))
+        assert [run.state for run in change.runs] == [state]
+    assert book.job(job.id).error_code == "worker_crashed"
+    assert book.run(lambda db: STORE.count_death(db, job.run_id, book.now)) == Change(), "it has ended"
+
+
+def test_decoders_that_died_are_forgiven_once_one_got_through(book: Book) -> None:
+    job = job_of(book.accept())
+    for _ in range(2):
+        book.run(lambda db: STORE.put_back(db, job.run_id, book.now, died=True))
+    change = book.run(lambda db: STORE.decoded(db, job.run_id, audio_s=2.0, truncated=False))
+    assert [run.deaths for run in change.runs] == [0]
 
 
 def test_an_unload_never_counts(book: Book) -> None:
@@ -473,6 +539,21 @@ def test_a_migration_without_room_for_a_backup_changes_nothing(tmp_path: Path) -
         assert not list(folder.glob("*before*"))
         (folder / "fill").unlink()
         open_database(path).close()
+
+
+def test_a_database_of_version_2_still_opens(tmp_path: Path) -> None:
+    shutil.copyfile(Path(__file__).with_name("data") / "queue-v2.sqlite3", tmp_path / "queue.sqlite3")
+    old = Book(tmp_path)
+    assert old.story(1) == ["queued", "running", "one", "two", "done"]
+    assert old.story(2) == ["queued", "running", "void", "queued!", "running", "half"]
+    live, _ = old.run(lambda db: STORE.recover(db, 2000.0))
+    assert [(job.id, job.state) for job in live.jobs] == [(2, JobState.QUEUED), (3, JobState.PENDING)]
+    old.run(lambda db: STORE.start(db, 2, 2000.0, "model"))
+    old.say(2, "whole")
+    story = ["queued", "running", "void", "queued!", "running", "half", "queued", "running!", "whole"]
+    assert old.story(2) == story, "a run of that version has no journal"
+    assert old.story(job_of(old.accept(uid=1, share=b"second")).id) == ["queued", "running", "whole"]
+    assert old.story(job_of(old.accept(uid=1, share=b"first")).id) == ["queued", "one", "two", "done"]
 
 
 def test_a_database_of_version_1_still_opens(tmp_path: Path) -> None:

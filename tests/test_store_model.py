@@ -59,6 +59,9 @@ STEPS = [
     "lose the model",
     "unload the model",
     "lose a helper",
+    "take another model",
+    "find the journal unusable",
+    "count a death",
 ]
 numbers = st.integers(0, 50)  # one of what there is, counted around
 
@@ -76,6 +79,7 @@ class Queue(RuleBasedStateMachine):
         self.told: dict[int, list[Event]] = {}
         self.folders = self.crashes = 0
         self.served: list[tuple[Priority, int]] = []
+        self.model = "small"
         self.database = self.open(self.root / "0")
 
     def teardown(self) -> None:
@@ -233,18 +237,24 @@ class Queue(RuleBasedStateMachine):
                 case "start":
                     self.pump()
                 case "say":
-                    self.say(number, ["one", "two"][: number % 2 + 1])
+                    self.say(number, ["one", "two"][: number % 3], [b"a", b"b"][: number % 2 + 1])
                 case "get on":
                     for each in range(len(self.reference.runs)):
                         self.decode(each)
                     self.pump()
-                    self.say(number, ["one"])
+                    self.say(number, ["one"], [b"a"])
                 case "finish":
                     self.finish(number)
                 case "fail":
                     self.fail(number)
                 case "lose the model" | "unload the model":
-                    self.lose_the_model(died=step == "lose the model")
+                    self.lose_the_model(suspect=step == "lose the model")
+                case "take another model":
+                    self.model = "large" if number % 2 else "small"
+                case "find the journal unusable":
+                    self.find_the_journal_unusable(number)
+                case "count a death":
+                    self.condemn(number)
                 case "lose a helper":
                     self.lose_a_helper(number)
 
@@ -304,14 +314,28 @@ class Queue(RuleBasedStateMachine):
             return False
         self.board.served(chosen.id)
         self.served.append((self.priority(wanted), wanted.uid))
-        self.both(lambda: self.reference.start(wanted), lambda db: self.store.start(db, wanted.id, self.now))
+        model = self.model
+        self.both(
+            lambda: self.reference.start(wanted, model), lambda db: self.store.start(db, wanted.id, self.now, model)
+        )
         return True
 
-    def say(self, number: int, texts: list[str]) -> None:
+    def say(self, number: int, texts: list[str], answers: list[bytes]) -> None:
         if (work := self.some_run(number, JobState.RUNNING) or self.some_run(number, JobState.CANCELLED)) is not None:
             segments = [{"text": text} for text in texts]
             self.both(
-                lambda: self.reference.say(work, texts), lambda db: self.store.add_segments(db, work.id, segments)
+                lambda: self.reference.say(work, texts, answers),
+                lambda db: self.store.add_segments(db, work.id, segments, entries=answers),
+            )
+
+    def find_the_journal_unusable(self, number: int) -> None:
+        if (work := self.some_run(number, JobState.RUNNING, JobState.QUEUED)) is not None:
+            self.both(lambda: self.reference.void_journal(work), lambda db: self.store.void_journal(db, work.id))
+
+    def condemn(self, number: int) -> None:
+        if (work := self.some_run(number, JobState.QUEUED, JobState.CANCELLED)) is not None:
+            self.both(
+                lambda: self.reference.count_death(work), lambda db: self.store.count_death(db, work.id, self.now)
             )
 
     def finish(self, number: int) -> None:
@@ -329,19 +353,19 @@ class Queue(RuleBasedStateMachine):
                 lambda db: self.store.fail(db, work.id, error, self.now),
             )
 
-    def lose_the_model(self, *, died: bool) -> None:
+    def lose_the_model(self, *, suspect: bool) -> None:
         """All that it worked on goes back to the queue."""
         for work in self.running():
-            self.lose(work, died=died)
+            self.lose(work, suspect=suspect)
 
     def lose_a_helper(self, number: int) -> None:
         if (work := self.some_run(number, JobState.FETCHING, JobState.DONE)) is not None:
             self.lose(work, died=True)
 
-    def lose(self, work: Work, *, died: bool) -> None:
+    def lose(self, work: Work, *, died: bool = False, suspect: bool = False) -> None:
         self.both(
             lambda: self.reference.put_back(work, died=died),
-            lambda db: self.store.put_back(db, work.id, self.now, died=died),
+            lambda db: self.store.put_back(db, work.id, self.now, died=died, suspect=suspect),
         )
 
     # --- time and accidents ---
@@ -443,6 +467,12 @@ class Queue(RuleBasedStateMachine):
             assert self.database.run(lambda db, uid=uid: self.store.spool_bytes(db, uid)) == pytest.approx(
                 self.reference.spool_bytes(uid)
             )
+
+    @invariant()
+    def journals_are_kept_for_as_long_as_their_runs_live(self) -> None:
+        rows = self.database.run(lambda db: db.execute("SELECT run_id, entry FROM journal ORDER BY id").fetchall())
+        wanted = [(work.id, entry) for work in self.reference.runs.values() for entry in work.answers]
+        assert sorted(rows, key=lambda row: row[0]) == sorted(wanted, key=lambda row: row[0])
 
     @invariant()
     def the_board_is_the_disk(self) -> None:

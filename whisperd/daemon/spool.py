@@ -13,10 +13,11 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from whisperd.daemon.store.rows import pack
 from whisperd.protocol.spoolfolder import storage_errors, sync_folder
 
 log = logging.getLogger("whisperd.spool")
@@ -82,6 +83,18 @@ class Spool:
     def remove(self, folder: str) -> None:
         """Delete a folder soon, with its unfinished twin. One that is not there is no error."""
         self._doomed.put(folder)
+
+    def lay_out_journal(self, folder: str, entries: Sequence[bytes]) -> None:
+        """Write a run's journal, if it has one, where the model helper reads it. Not for the loop.
+
+        It is a copy of what the database has, so nothing is synced. Raises `WhisperdError` (`storage_full`), `OSError`.
+        """
+        if not entries:
+            return
+        # Where the folder is gone the audio is too: the run fails for that, in the helper.
+        with storage_errors(), suppress(FileNotFoundError), (self.path / folder / "journal").open("wb") as file:
+            for entry in entries:
+                file.write(pack(entry))
 
     def used_bytes(self) -> int:
         """Return what the spool's files and downloads take on disk. Walks the folders: not for the loop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.model_process import ModelProcess
-from whisperd.daemon.lanes.recording import Recorder, give_up, record
+from whisperd.daemon.lanes.recording import Recorder, give_up
 from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
@@ -20,10 +21,13 @@ from whisperd.daemon.scheduler import pick
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
+    MAX_JOURNAL_ENTRY_BYTES,
     Cancel,
     Failed,
     Finished,
     HelperMessage,
+    JournalEntry,
+    JournalVoid,
     Prioritise,
     Progress,
     Segments,
@@ -32,6 +36,8 @@ from whisperd.protocol.helper_messages import (
 from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.model")
+
+_RunMessage = Progress | JournalEntry | JournalVoid | Segments | Finished | Failed
 
 
 @dataclass(eq=False, slots=True)
@@ -225,6 +231,16 @@ class ModelLane:
         self._open[run_id] = open_ = _Open(priority, recorder)
         self._ledger.board.served(run_id)
 
+        store, spool, made_by = self._ledger.store, self._ledger.spool, self.process.status.fingerprint
+        journal: list[bytes] = []
+
+        def begin(db: sqlite3.Connection, now: float) -> Change:
+            change = store.start(db, run_id, now, made_by)
+            if change.runs:
+                journal.extend(store.journal(db, run_id))
+                spool.lay_out_journal(change.runs[-1].folder or "", journal)
+            return change
+
         def then(change: Change) -> None:
             # A helper that has come meanwhile has not loaded the model, and may not be able to.
             if not change.runs or self.process.ready is not helper:
@@ -246,8 +262,8 @@ class ModelLane:
                     options=dict(row.options),
                     interactive=open_.priority is Priority.INTERACTIVE,
                     truncated=row.truncated,
-                    journal=0,
-                    told=0,
+                    journal=len(journal),
+                    told=row.segments,
                 )
             )
 
@@ -259,20 +275,13 @@ class ModelLane:
             self._open.pop(run_id, None)
             self._loop.call_later(1.0, self.pump)
 
-        self._ledger.commit(lambda db, now: self._ledger.store.start(db, run_id, now), then, failed)
+        self._ledger.commit(begin, then, failed)
 
     def _give_back(self, run_id: int, *, died: bool) -> None:
-        """Return a run to the queue; it counts as open until that is committed."""
-
-        def settled(change: Change) -> None:
-            self._open.pop(run_id, None)
-            live = self._ledger.board.runs.get(run_id)
-            if live is not None:
-                live.phase, live.done, live.eta_s = "waiting for the model", 0.0, None
-            self.pump()
-
-        store = self._ledger.store
-        record(self._loop, self._ledger, run_id, lambda db, now: store.put_back(db, run_id, now, died=died), settled)
+        """Return a run to the queue, with all that the helper said of it; it counts as open until that is committed."""
+        open_, store = self._open[run_id], self._ledger.store
+        open_.closing = True
+        open_.recorder.end(lambda db, now: store.put_back(db, run_id, now, died=died))
 
     def _tell_priority(self, run_id: int) -> None:
         open_ = self._open.get(run_id)
@@ -305,19 +314,27 @@ class ModelLane:
     # -- what the helper says --------------------------------------------------------------------------------------
 
     def _on_message(self, message: HelperMessage) -> None:
-        if isinstance(message, Progress | Segments | Finished | Failed):
+        if isinstance(message, _RunMessage):
             open_ = self._open.get(message.run)
             if open_ is not None and open_.generation == message.generation and not open_.closing:
                 self._on_run_message(open_, message)
 
-    def _on_run_message(self, open_: _Open, message: Progress | Segments | Finished | Failed) -> None:
+    def _on_run_message(self, open_: _Open, message: _RunMessage) -> None:
         run_id = message.run
         store = self._ledger.store
         match message:
             case Progress():
                 self._progressed(run_id, message)
+            case JournalEntry():
+                if len(message.entry) > MAX_JOURNAL_ENTRY_BYTES and self.process.helper is not None:
+                    self.process.helper.kill(f"sent an answer of {len(message.entry)} bytes for the journal")
+                    return
+                open_.recorder.note(message.entry)
             case Segments():
                 open_.recorder.add(message.segments)
+            case JournalVoid():
+                open_.closing = True
+                open_.recorder.end(lambda db, now: store.void_journal(db, run_id))
             case Finished():
                 transcript = message.transcript
                 live = self._ledger.board.runs.get(run_id)
@@ -334,7 +351,10 @@ class ModelLane:
                 open_.recorder.end(lambda db, now: store.fail(db, run_id, error, now))
 
     def _recorded(self, run_id: int) -> None:
+        """The end of a run, or its return to the queue, is committed."""
         self._close(run_id)
+        if (live := self._ledger.board.runs.get(run_id)) is not None:
+            live.phase, live.done, live.eta_s = "waiting for the model", 0.0, None
         self.pump()
 
     def _progressed(self, run_id: int, progress: Progress) -> None:
@@ -361,6 +381,4 @@ class ModelLane:
             if run_id not in self._ledger.board.runs:
                 self._close(run_id)
             else:
-                open_.closing = True
-                open_.recorder.drop()
                 self._give_back(run_id, died=died)

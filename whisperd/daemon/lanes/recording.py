@@ -14,7 +14,7 @@ _TRY_AGAIN_S = 1.0
 
 
 class Recorder:
-    """Commits the segments and the end of one start of a run, one commit at a time.
+    """Commits the model's answers, the segments and the end of one start of a run, one commit at a time.
 
     What a full disk refuses is kept and tried again: the work is done, only its record is missing, and who follows the
     job must miss nothing. `ended` is called once the end is recorded.
@@ -23,9 +23,14 @@ class Recorder:
     def __init__(self, loop: Loop, ledger: Ledger, run_id: int, ended: Callable[[], None]) -> None:
         self._loop, self._ledger, self._run_id, self._ended = loop, ledger, run_id, ended
         self._segments: list[Any] = []  # not recorded yet
+        self._entries: list[bytes] = []
         self._end: StoreCall[Change] | None = None
         self._busy = False  # a commit is under way, or waits to be tried again
-        self._dropped = False
+
+    def note(self, entry: bytes) -> None:
+        """Record one answer of the model: with the segments that follow from it, or before them."""
+        self._entries.append(entry)
+        self._go_on()
 
     def add(self, segments: Sequence[Any]) -> None:
         """Record the segments of one window."""
@@ -33,21 +38,18 @@ class Recorder:
         self._go_on()
 
     def end(self, call: StoreCall[Change]) -> None:
-        """Record the end of the run, by `call`, after all its segments."""
+        """Record the end of the run, or its return to the queue, by `call`, after all that came before it."""
         self._end = call
         self._go_on()
 
-    def drop(self) -> None:
-        """Record nothing more: the run goes back to the queue, and what it said is void."""
-        self._dropped = True
-
     def _go_on(self) -> None:
-        if self._busy or self._dropped:
+        if self._busy:
             return
-        if self._segments:
+        if self._segments or self._entries:
             segments, self._segments = self._segments, []
+            entries, self._entries = self._entries, []
             run_id, store = self._run_id, self._ledger.store
-            self._commit(lambda db, now: store.add_segments(db, run_id, segments), self._go_on)
+            self._commit(lambda db, now: store.add_segments(db, run_id, segments, entries=entries), self._go_on)
         elif self._end is not None:
             self._commit(self._end, self._ended)
 
@@ -58,19 +60,11 @@ class Recorder:
             self._busy = False
             then()
 
-        record(self._loop, self._ledger, self._run_id, call, done, wanted=lambda: not self._dropped)
+        record(self._loop, self._ledger, self._run_id, call, done)
 
 
-def record(
-    loop: Loop,
-    ledger: Ledger,
-    run_id: int,
-    call: StoreCall[Change],
-    then: Callable[[Change], None],
-    *,
-    wanted: Callable[[], bool] = lambda: True,
-) -> None:
-    """Commit what became of a run; a full disk delays that, as long as it is `wanted`.
+def record(loop: Loop, ledger: Ledger, run_id: int, call: StoreCall[Change], then: Callable[[Change], None]) -> None:
+    """Commit what became of a run; a full disk only delays that.
 
     A call that fails otherwise would fail for ever: the run fails in its stead.
     """
@@ -79,11 +73,7 @@ def record(
         if error.code != ErrorCode.STORAGE_FULL:
             give_up(loop, ledger, run_id, error, then)
         else:
-            loop.call_later(_TRY_AGAIN_S, again)
-
-    def again() -> None:
-        if wanted():
-            record(loop, ledger, run_id, call, then, wanted=wanted)
+            loop.call_later(_TRY_AGAIN_S, lambda: record(loop, ledger, run_id, call, then))
 
     ledger.commit(call, then, failed)
 

@@ -189,9 +189,8 @@ class Accepting(Moving):
                 job = self._move_job(db, change, job, step, now)
         if run.state is JobState.RUNNING:
             job = self._move_job(db, change, job, JobState.RUNNING, now)
-        # Up to the count: what lies beyond it was said before the run was put back, and is void.
-        said = "SELECT * FROM segments WHERE run_id = ? AND start = ? AND number < ? ORDER BY number"
-        for row in all_rows(db, said, run.id, run.starts, run.segments):
+        said = "SELECT * FROM segments WHERE run_id = ? AND start = ? ORDER BY number"
+        for row in all_rows(db, said, run.id, run.edition):
             self._add_segment_event(db, change, job, run, row["number"], unpack(row["payload"]))
         if run.state is JobState.DONE:
             job = self._move_job(db, change, job, JobState.DONE, now)

@@ -96,4 +96,17 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE runs ADD COLUMN title TEXT;
     CREATE INDEX runs_source_key ON runs (source_key) WHERE source_key IS NOT NULL;
     """,
+    """
+    -- What a run has come to when it is cut off: the model's answers, as its helper packs them.
+    CREATE TABLE journal (
+        id INTEGER PRIMARY KEY,
+        run_id INTEGER NOT NULL,
+        entry BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX journal_run ON journal (run_id);
+    ALTER TABLE runs ADD COLUMN made_by TEXT;           -- the model whose answers and segments these are
+    ALTER TABLE runs ADD COLUMN edition INTEGER NOT NULL DEFAULT 0;   -- the start with which these segments began
+    ALTER TABLE runs ADD COLUMN suspicion INTEGER NOT NULL DEFAULT 0; -- model processes that died in its presence
+    UPDATE runs SET edition = starts;
+    """,
 )

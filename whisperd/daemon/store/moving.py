@@ -29,14 +29,13 @@ class Moving(Reading):
         self._retention = retention
 
     def _put_back(self, db: sqlite3.Connection, change: Change, run: RunRow) -> None:
-        """`running` → `queued`. Segments told so far are void: the run begins again."""
+        """`running` → `queued`. What it has come to stays with it."""
         check_move(run.state, JobState.QUEUED)
-        db.execute("UPDATE runs SET state = 'queued', segments = 0 WHERE id = ?", (run.id,))
+        db.execute("UPDATE runs SET state = 'queued' WHERE id = ?", (run.id,))
         for job in self._live_jobs(db, run.id):
             check_move(job.state, JobState.QUEUED)
             db.execute("UPDATE jobs SET state = 'queued', started_at = NULL WHERE id = ?", (job.id,))
-            payload = {"state": JobState.QUEUED} | ({"discard": True} if run.segments else {})
-            self._add_event(db, change, job, "state", payload)
+            self._add_event(db, change, job, "state", {"state": JobState.QUEUED})
         change.runs.append(self._run(db, run.id))
         change.jobs.extend(self._live_jobs(db, run.id))
 
@@ -54,19 +53,21 @@ class Moving(Reading):
         now: float,
         *,
         error: WhisperdError | None = None,
+        discard: bool = False,
     ) -> None:
         check_move(run.state, state)
         live = self._live_jobs(db, run.id)
         db.execute("UPDATE runs SET state = ? WHERE id = ?", (state, run.id))
         if state in ENDED:
             db.execute("UPDATE runs SET ended_at = ? WHERE id = ?", (now, run.id))
+            self._delete_journal(db, run.id)
             if run.sha256 == "":  # nothing has been downloaded, or not all of it
                 self._release_audio(db, change, run)
             elif state is not JobState.DONE:
                 expires = now + self._retention.failed_audio_s
                 db.execute("UPDATE runs SET audio_expires_at = ? WHERE id = ?", (expires, run.id))
         for job in live:
-            self._move_job(db, change, job, state, now, error=error)
+            self._move_job(db, change, job, state, now, error=error, discard=discard)
         change.runs.append(self._run(db, run.id))
 
     def _move_job(
@@ -78,6 +79,7 @@ class Moving(Reading):
         now: float,
         *,
         error: WhisperdError | None = None,
+        discard: bool = False,
     ) -> JobRow:
         check_move(job.state, state)
         db.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job.id))
@@ -91,10 +93,13 @@ class Moving(Reading):
             )
             self._add_event(db, change, job, "end", {"state": state, "error": error.to_wire() if error else None})
         else:
-            self._add_event(db, change, job, "state", {"state": state})
+            self._add_event(db, change, job, "state", {"state": state} | ({"discard": True} if discard else {}))
         moved = self.job(db, job.id, uid=None)
         change.jobs.append(moved)
         return moved
+
+    def _delete_journal(self, db: sqlite3.Connection, run_id: int) -> None:
+        db.execute("DELETE FROM journal WHERE run_id = ?", (run_id,))
 
     def _next_seq(self, db: sqlite3.Connection, job: JobRow) -> int:
         row = one_row(db, "UPDATE jobs SET last_seq = last_seq + 1 WHERE id = ? RETURNING last_seq", job.id)
@@ -115,7 +120,7 @@ class Moving(Reading):
         seq = self._next_seq(db, job)
         db.execute(
             "INSERT INTO events (job_id, seq, kind, start, number) VALUES (?, ?, 'segment', ?, ?)",
-            (job.id, seq, run.starts, number),
+            (job.id, seq, run.edition, number),
         )
         change.events.append(Event(job_id=job.id, uid=job.uid, seq=seq, kind="segment", payload={"segment": segment}))
 

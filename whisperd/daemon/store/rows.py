@@ -35,6 +35,9 @@ class RunRow:
     fresh: bool
     fetch_failures: int
     title: str | None
+    made_by: str | None
+    edition: int
+    suspicion: int
     created_at: float
     ended_at: float | None
     audio_expires_at: float | None

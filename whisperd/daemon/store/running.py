@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-from whisperd.daemon.store.moving import Moving, Retention
+from whisperd.daemon.store.journal import Journaling
+from whisperd.daemon.store.moving import Retention
 from whisperd.daemon.store.reading import ENDED_SQL, all_rows
-from whisperd.daemon.store.rows import Change, job_row, pack
+from whisperd.daemon.store.rows import Change, RunRow, job_row
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 
 
-class Running(Moving):
+class Running(Journaling):
     """The work on a run. A run that helpers of `max_deaths` processes died at is given up."""
 
     def __init__(self, retention: Retention, max_deaths: int = 3) -> None:
@@ -33,37 +32,26 @@ class Running(Moving):
         return live, named
 
     def decoded(self, db: sqlite3.Connection, run_id: int, *, audio_s: float, truncated: bool) -> Change:
-        """Record that a run's PCM is in its folder."""
+        """Record that a run's PCM is in its folder. Decoders that died at it before are forgiven."""
         db.execute(
-            f"UPDATE runs SET decoded = 1, audio_s = ?, truncated = ? WHERE id = ? AND state NOT IN {ENDED_SQL}",
+            f"""UPDATE runs SET decoded = 1, deaths = 0, audio_s = ?, truncated = ?
+                WHERE id = ? AND state NOT IN {ENDED_SQL}""",
             (audio_s, truncated, run_id),
         )
         run = self._find_run(db, run_id)
         return Change(runs=[] if run is None else [run])
 
-    def start(self, db: sqlite3.Connection, run_id: int, now: float) -> Change:
-        """Move a queued run to `running`: the model begins it. Empty when the run has ended meanwhile."""
+    def start(self, db: sqlite3.Connection, run_id: int, now: float, made_by: str = "") -> Change:
+        """Move a queued run to `running`: the model with the fingerprint `made_by` begins it, or goes on with it.
+
+        Empty when the run has ended meanwhile.
+        """
         change = Change()
         run = self._find_run(db, run_id)
         if run is None or run.state is not JobState.QUEUED:
             return change
-        db.execute("UPDATE runs SET starts = starts + 1, segments = 0 WHERE id = ?", (run_id,))
-        self._move_run(db, change, run, JobState.RUNNING, now)
-        return change
-
-    def add_segments(self, db: sqlite3.Connection, run_id: int, segments: Sequence[Mapping[str, Any]]) -> Change:
-        """Store the segments of one window and tell every job of the run."""
-        change = Change()
-        run = self._find_run(db, run_id)
-        if run is None or run.state is not JobState.RUNNING:
-            return change
-        for number, segment in enumerate(segments, start=run.segments):
-            db.execute("INSERT INTO segments VALUES (?, ?, ?, ?)", (run_id, run.starts, number, pack(segment)))
-            for job in self._live_jobs(db, run_id):
-                self._add_segment_event(db, change, job, run, number, segment)
-        db.execute("UPDATE runs SET segments = segments + ? WHERE id = ?", (len(segments), run_id))
-        change.jobs = self._live_jobs(db, run_id)
-        change.runs = [self._run(db, run_id)]
+        void = self._begin(db, run, made_by)
+        self._move_run(db, change, run, JobState.RUNNING, now, discard=void)
         return change
 
     def finish(self, db: sqlite3.Connection, run_id: int, transcript: bytes, now: float) -> Change:
@@ -85,21 +73,21 @@ class Running(Moving):
             self._move_run(db, change, run, JobState.FAILED, now, error=error)
         return change
 
-    def put_back(self, db: sqlite3.Connection, run_id: int, now: float, *, died: bool) -> Change:
-        """Return a run whose helper is gone to the queue; `died` counts against it, and the last death fails it."""
+    def put_back(
+        self, db: sqlite3.Connection, run_id: int, now: float, *, died: bool = False, suspect: bool = False
+    ) -> Change:
+        """Return a run whose helper is gone to the queue.
+
+        `died`: the helper died and worked on nothing else, which counts against the run. `suspect`: it is not known yet
+        whether this run was the reason.
+        """
         change = Change()
         run = self._find_run(db, run_id)
         if run is None or run.state.ended:
             return change
-        if died:
-            db.execute("UPDATE runs SET deaths = deaths + 1 WHERE id = ?", (run_id,))
-            if run.deaths + 1 >= self._max_deaths:
-                error = WhisperdError(
-                    ErrorCode.WORKER_CRASHED,
-                    f"the process that worked on it died {run.deaths + 1} times; the daemon's log says how",
-                )
-                self._move_run(db, change, run, JobState.FAILED, now, error=error)
-                return change
+        db.execute("UPDATE runs SET suspicion = suspicion + ? WHERE id = ?", (suspect, run_id))
+        if died and self._count_death(db, change, run, now):
+            return change
         if run.state is JobState.RUNNING:
             self._put_back(db, change, run)
         elif run.state is JobState.FETCHING:
@@ -107,6 +95,27 @@ class Running(Moving):
         else:
             change.runs = [self._run(db, run_id)]
         return change
+
+    def count_death(self, db: sqlite3.Connection, run_id: int, now: float) -> Change:
+        """Count a death of the model's process against the run that was alone with it; the last one fails it."""
+        change = Change()
+        run = self._find_run(db, run_id)
+        if run is not None and not run.state.ended and not self._count_death(db, change, run, now):
+            change.runs = [self._run(db, run_id)]
+        return change
+
+    def _count_death(self, db: sqlite3.Connection, change: Change, run: RunRow, now: float) -> bool:
+        """Count, and return whether that was one too many."""
+        db.execute("UPDATE runs SET deaths = deaths + 1 WHERE id = ?", (run.id,))
+        if run.deaths + 1 < self._max_deaths:
+            return False
+        error = WhisperdError(
+            ErrorCode.WORKER_CRASHED,
+            f"the process that worked on it, and on nothing else, died {run.deaths + 1} times; the daemon's log says "
+            "how. Other recordings are not affected",
+        )
+        self._move_run(db, change, run, JobState.FAILED, now, error=error)
+        return True
 
     def cancel(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None) -> Change:
         """Cancel a job; the run ends with its last job. An ended job comes back unchanged. Raises `not_found`."""
