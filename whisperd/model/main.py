@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import MutableMapping
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     )
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    logging.getLogger("numba").setLevel(logging.WARNING)  # at debug it tells every step of its compiler
     # Only now: importing torch and whisper takes seconds, and the daemon knows already that they are under way.
     from whisperd.model.helper import ModelHelper, Settings
 

@@ -1,0 +1,219 @@
+"""Runs that are cut off go on where they were: the same words, no window twice, no event repeated or taken back."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import demo_folder, micro_checkpoint
+from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, wait_until
+
+MODEL = "whisperd.model.main"
+SPEECH = (
+    "The harbour was quiet in the morning. A small boat came in with the tide, and two men carried baskets of fish up "
+    "to the market. Nobody spoke, because there was nothing to say. Later in the day the wind changed. "
+)
+
+
+class Follower:
+    """Follows one job, across kills of the daemon, and keeps every numbered event."""
+
+    def __init__(self, daemon: Daemon, job: int) -> None:
+        self.daemon, self.job = daemon, job
+        self.events: list[dict[str, Any]] = []
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        self.client = self.daemon.client()
+        self._number = self.client.send("subscribe", job=self.job, after_seq=len(self.events))
+        assert self.client.reply(self._number)["ok"]
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Take events up to and with the first that is `wanted`."""
+        while True:
+            event = self.client.receive_until(lambda m: m["id"] == self._number and "event" in m, 120)
+            if "seq" in event:
+                assert event["seq"] == len(self.events) + 1
+                self.events.append(event)
+                if wanted(event):
+                    return
+
+    def until_it_speaks(self) -> None:
+        """Wait until it runs, and for the first words that it then adds."""
+        self.until(lambda event: event.get("state") == "running")
+        self.until(lambda event: event["event"] == "segment")
+
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """The segments that count: those after the last `discard`."""
+        found: list[dict[str, Any]] = []
+        for event in self.events:
+            if event.get("discard"):
+                found = []
+            if event["event"] == "segment":
+                found.append(event["segment"])
+        return found
+
+    @property
+    def states(self) -> list[str]:
+        """The states the job went through; `!` marks a `discard`."""
+        return [
+            event["state"] + ("!" if event.get("discard") else "")
+            for event in self.events
+            if event["event"] != "segment"
+        ]
+
+
+def settle(daemon: Daemon) -> None:
+    """Stop the model process and wait until the daemon has recorded all it said: so a kill comes at a known point."""
+    (model,) = daemon.helpers(MODEL)
+    model.send_signal(signal.SIGSTOP)
+    with daemon.client() as client:
+        for _ in range(3):  # each goes through the loop and the store's thread
+            client.call("stats")
+
+
+def kill_helper(daemon: Daemon) -> None:
+    (model,) = daemon.helpers(MODEL)
+    model.kill()
+
+
+def kill_daemon(daemon: Daemon) -> None:
+    daemon.kill()
+    daemon.start()
+
+
+def stop_daemon(daemon: Daemon) -> None:
+    assert daemon.stop() == 0
+    daemon.start()
+
+
+def unload(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        client.call("model", action="unload")
+        wait_until(lambda: not daemon.helpers(MODEL))
+        client.call("model", action="load")
+
+
+CUTS: dict[str, Callable[[Daemon], None]] = {
+    "helper killed": kill_helper,
+    "daemon killed": kill_daemon,
+    "daemon stopped": stop_daemon,
+    "model unloaded": unload,
+}
+
+
+def answered(daemon: Daemon, run: int) -> list[int]:
+    """Return which calls of the model were answered for a run by computing, in all processes so far."""
+    return [int(call) for call in re.findall(rf"answered run={run} call=(\d+)", daemon.log())]
+
+
+def check_whole(daemon: Daemon, follower: Follower, run: int, *, cuts: int) -> dict[str, Any]:
+    """Wait for the end; nothing was computed or told twice. Return the transcript."""
+    follower.until(lambda event: event["event"] == "end")
+    transcript: dict[str, Any] = follower.client.call("result", job=follower.job)["transcript"]
+    assert follower.states == ["queued", *["running", "queued"] * cuts, "running", "done"]
+    assert follower.segments == transcript["segments"]
+    calls = answered(daemon, run)
+    assert calls == list(range(len(calls))), "each call once, in order"
+    with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as db:
+        assert db.execute("SELECT count(*) FROM journal WHERE run_id = ?", (run,)).fetchone() == (0,)
+    return transcript
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_a_run_goes_on_where_it_was_cut_off(
+    start_daemon: Callable[..., Daemon],
+    micro: Path,
+    recording: Callable[..., Path],
+    cut: Callable[[Daemon], None],
+) -> None:
+    daemon = start_daemon(model=str(micro), ready=True, log_level="debug", helper_backoff_s=0.01)
+    path = recording(240)
+    # Drawn above temperature 0: words that come out the same are no accident.
+    options = PLAIN_OPTIONS | {"temperature": 1.0}
+    with daemon.client() as client:
+        follower = Follower(daemon, client.submit(path, options=options)["id"])
+    for _ in range(2):
+        follower.until_it_speaks()
+        settle(daemon)
+        cut(daemon)
+        follower.reconnect()
+    whole = check_whole(daemon, follower, 1, cuts=2)
+    with daemon.client() as client:
+        undisturbed = client.result(client.submit(path, options=options, fresh=True)["id"])["transcript"]
+    assert undisturbed == whole
+    assert len(answered(daemon, 1)) == len(answered(daemon, 2)) >= 8
+
+
+@requires_program("flite")
+def test_real_speech_goes_on_with_the_same_tokens_and_word_times(
+    start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = start_daemon(model=str(demo_folder()), ready=True, log_level="debug", helper_backoff_s=0.01)
+    path = speak(SPEECH * 7, tmp_path / "harbour.wav", voice="rms")
+    options = {"word_timestamps": True}
+    with daemon.client() as client:
+        follower = Follower(daemon, client.submit(path, options=options)["id"])
+    for cut in (kill_helper, kill_daemon):
+        follower.until_it_speaks()
+        settle(daemon)
+        cut(daemon)
+        follower.reconnect()
+    whole = check_whole(daemon, follower, 1, cuts=2)
+    assert whole["duration_s"] > 60, "longer than two windows"
+    with daemon.client() as client:
+        undisturbed = client.result(client.submit(path, options=options, fresh=True)["id"])["transcript"]
+    assert undisturbed == whole
+
+
+# --- when it may not go on ---
+
+
+def test_another_model_begins_anew_and_says_so(
+    make_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = make_daemon(model=str(micro), log_level="debug")
+    daemon.start(ready=True)
+    path = recording(240)
+    with daemon.client() as client:
+        follower = Follower(daemon, client.submit(path, options=PLAIN_OPTIONS)["id"])
+    follower.until_it_speaks()
+    settle(daemon)
+    daemon.kill()
+    daemon.settings["model"] = str(micro_checkpoint(tmp_path, seed=5))
+    daemon.start()
+    follower.reconnect()
+    follower.until(lambda event: event["event"] == "end")
+    assert follower.states == ["queued", "running", "queued", "running!", "done"]
+    with daemon.client() as client:
+        assert client.call("result", job=follower.job)["transcript"]["segments"] == follower.segments
+        undisturbed = client.result(client.submit(path, options=PLAIN_OPTIONS, fresh=True)["id"])["transcript"]
+    assert undisturbed["segments"] == follower.segments
+
+
+def test_a_journal_that_cannot_be_used_begins_anew(
+    make_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    daemon = make_daemon(model=str(micro))
+    daemon.start(ready=True)
+    with daemon.client() as client:
+        follower = Follower(daemon, client.submit(recording(240), options=PLAIN_OPTIONS)["id"])
+    follower.until_it_speaks()
+    settle(daemon)
+    daemon.kill()
+    with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as db, db:
+        db.execute("UPDATE journal SET entry = x'93a3616c6c0705'")  # ["all", 7, 5]: another question
+    daemon.start()
+    follower.reconnect()
+    follower.until(lambda event: event["event"] == "end")
+    assert follower.states == ["queued", "running", "queued", "running", "queued", "running!", "done"]
+    with daemon.client() as client:
+        assert client.call("result", job=follower.job)["transcript"]["segments"] == follower.segments
