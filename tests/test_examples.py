@@ -30,8 +30,8 @@ def server(tmp_path: Path) -> Iterator[MediaServer]:
 
 @pytest.fixture
 def daemon(micro: Path, server: MediaServer) -> Iterator[YouTubeDaemon]:
-    # Few places and one download at a time: the finder has more videos than are taken at once.
-    daemon = YouTubeDaemon(server, model=str(micro), capacity=4, fetchers=2)
+    # Few places: the finder has more videos than are taken at once.
+    daemon = YouTubeDaemon(server, model=str(micro), capacity=4)
     try:
         daemon.start()
         yield daemon
@@ -83,9 +83,9 @@ def test_both_at_once(daemon: YouTubeDaemon, server: MediaServer, tmp_path: Path
         assert set(printed.split()) == {path.name for path in texts.iterdir()} == wanted
         assert (texts / "not-to-be-h.failed").read_text().startswith("fetch_unavailable: ")
         for video in BACKGROUND:
+            # One, however often the finder was started.
             (job,) = (job for job in client.jobs(limit=200) if job.source["id"] == video)
             assert (texts / f"{video}.txt").read_text() == client.result(job.id).text != ""
-            assert server.asked[f"/{video}.wav"] == 1, "downloaded once"
 
         # Nothing is left to do, but what failed is tried again once its mark is gone.
         (texts / "not-to-be-h.failed").unlink()
