@@ -336,11 +336,17 @@ def test_stats(peer: Peer, ctl: Shell) -> None:
         "jobs": {"since_start": {"done": 12, "failed": 0}, "total": {"done": 1200}},
         "wait_s": {"interactive": {"p50": 0.1, "p95": 65}, "background": {"p50": None, "p95": None}},
         "model": {"rss_bytes": 812_345_678, "crashes": 1, "device_used_bytes": None},
-        "lanes": {"copy": {"active": 1, "waiting": 0}}, "news": "to this version",
+        "lanes": {
+            "copy": {"active": 1, "waiting": 0},
+            "fetch": {"failed": 2, "extractors": ["youtube"], "yt_dlp": "2026.07.04", "yt_dlp_age_days": 9,
+                      "js_runtime": "deno 2.5", "rests_until": None},
+        },
+        "software": {"torch": "2.13.0", "cuda": "13.0", "cuda_devices": 0, "ffmpeg": None}, "news": "to this version",
     }  # fmt: skip
     lines = dict(line.split("  ", 1) for line in ctl("stats").out.splitlines())
     assert {title: text.strip() for title, text in lines.items()} == {
         "jobs": "1,200 done", "since start": "12 done", "model process": "812 MB, 1 crash", "copy lane": "1 active",
+        "fetch lane": "2 failed", "software": "torch 2.13.0, yt-dlp 2026.07.04 (9 days old), deno 2.5",
         "waited": "interactive: half within 0.1 s, 95 % within 1 min 5 s",
     }  # fmt: skip
     assert json.loads(ctl("stats", "--json").out) == peer.stats

@@ -135,7 +135,11 @@ def _machine_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     )
     for name, lane in lanes.items():
         if isinstance(lane, Mapping):
-            yield f"{name} lane", _counts(lane)
+            counts = _counts({key: lane[key] for key in ("active", "waiting", "failed") if key in lane})
+            until = lane.get("rests_until")
+            rest = time.strftime("rests until %H:%M:%S", time.localtime(until)) if until else ""
+            yield f"{name} lane", ", ".join(filter(None, (counts, rest)))
+    yield "software", _software(_map(stats, "software"), _map(lanes, "fetch"))
     yield (
         "store",
         _joined(
@@ -154,6 +158,18 @@ def _machine_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             (stats, "connections", lambda n: plural(n, "connection")),
         ),
     )
+
+
+def _software(software: Mapping[str, Any], fetch: Mapping[str, Any]) -> str:
+    age_days = fetch.get("yt_dlp_age_days")
+    told = (
+        ("torch", software.get("torch")),
+        ("CUDA", software.get("cuda") if software.get("cuda_devices") else None),
+        ("FFmpeg", software.get("ffmpeg")),
+        ("yt-dlp", fetch.get("yt_dlp") and f"{fetch['yt_dlp']}" + (f" ({age_days} days old)" if age_days else "")),
+    )
+    words = [f"{name} {version}" for name, version in told if version]
+    return ", ".join([*words, *filter(None, [fetch.get("js_runtime")])])
 
 
 def _map(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
