@@ -9,9 +9,18 @@ from pathlib import Path
 import msgpack
 import psutil
 
-from tests.support import Daemon, requires_root, wait_until
+from tests.support import Daemon, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
+from whisperd.daemon.board import Board
+from whisperd.daemon.inventory import Inventory
+from whisperd.daemon.ledger import Ledger
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.spool import Spool
+from whisperd.daemon.store import Retention, Store
+from whisperd.daemon.store.database import Database
+from whisperd.daemon.watchers import Watchers
 
 NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
 MIB = 2**20
@@ -81,3 +90,66 @@ def test_submits_of_one_key_hold_a_bounded_number_of_descriptors(
         copier.resume()
         assert [client.reply(number)["result"]["job"]["id"] for number in ids[:3]] == [job["id"]] * 3
         assert client.call("submit", **params)["job"]["id"] == job["id"]
+
+
+def test_a_copy_has_its_time_whatever_its_reading_does(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, copiers=1, copy_limit_s=1, copy_timeout_s=600, cancel_grace_s=0.1)
+    with daemon.client() as client:
+        held_copier(daemon)
+        assert error_of(lambda: submit(client, recording())) == "timed_out"
+        assert submit(client, recording())["state"] == "queued", "by a new copier"
+
+
+def test_a_flood_of_stats_is_one_count_at_a_time(tmp_path: Path) -> None:
+    class CountedSpool(Spool):
+        """Notes how often it is walked."""
+
+        walks = 0
+
+        def used_bytes(self) -> int:
+            self.walks += 1
+            return super().used_bytes()
+
+    loop = Loop()
+    database = Database(tmp_path / "db", deliver=loop.call_soon_threadsafe, failed=lambda reason: None)
+    spool = CountedSpool(tmp_path / "spool")
+    ledger = Ledger(
+        database=database,
+        store=Store(Retention(jobs_s=1, keys_s=1, failed_audio_s=1)),
+        board=Board(),
+        watchers=Watchers(most_per_user=1, unlimited=lambda uid: True),
+        spool=spool,
+        metrics=Metrics(),
+    )
+    inventory = Inventory(loop, ledger, str(database.path))
+    answers: list[object] = []
+
+    def ask(left: int) -> None:
+        for _ in range(left):
+            inventory.ask(answers.append, answers.append)
+
+    ask(500)
+    loop.call_later(0, lambda: ask(500))
+    database.start()
+    deadline = loop.call_later(30, loop.stop)
+    inventory.ask(lambda found: loop.call_later(0.05, loop.stop), answers.append)
+    loop.run()
+    deadline.cancel()
+    loop.close()
+    database.stop()
+    assert len(answers) == 1000
+    assert spool.walks <= 3, "those who ask while it counts share the next count"
+
+
+def test_stats_are_never_older_than_the_question(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client, daemon.client() as flood:
+        for count in range(1, 5):
+            client.call("cancel", job=submit(client, recording())["id"])
+            waiting = [flood.send("stats") for _ in range(20)]
+            assert client.call("stats")["jobs"]["total"]["cancelled"] == count
+            assert all(flood.reply(number)["result"]["jobs"]["total"]["cancelled"] == count for number in waiting)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -377,6 +378,33 @@ def test_too_many_connections_are_told_why(folder: Path, limits: dict[str, int],
 def test_who_is_unlimited_is_not_counted_per_user(folder: Path) -> None:
     with served(folder, connections_per_user=1, unlimited=lambda uid: True) as serve:
         assert [serve.client().call("hello")["op"] for _ in range(5)] == ["hello"] * 5
+
+
+@requires_root
+def test_a_few_users_cannot_take_all_connections(folder: Path) -> None:
+    with served(folder, max_connections=16, unlimited=lambda uid: uid == 0) as serve:
+        folder.chmod(0o755)
+        (folder / "s").chmod(0o666)
+
+        def connect(uid: int) -> str | None:
+            os.seteuid(uid)
+            try:
+                client = serve.client()
+            finally:
+                os.seteuid(0)
+            client.send("hello")
+            reply = client.receive()
+            return None if reply["ok"] else reply["error"]["code"]
+
+        taken = Counter[int]()
+        for uid in (20_001, 20_002, 20_003):
+            while (code := connect(uid)) is None:
+                taken[uid] += 1
+            assert code == "quota_exceeded"
+        assert list(taken.values()) == [9, 4, 2], "half of what was left, each"
+        assert connect(20_004) is None
+        assert connect(20_005) == "unavailable"
+        assert [connect(0) for _ in range(17)] == [None] * 16 + ["unavailable"]
 
 
 @contextmanager

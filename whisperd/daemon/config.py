@@ -244,10 +244,18 @@ class Config:
     decode_timeout_s: float = _setting(120.0, "Seconds without progress after which decoding is given up.", low=1)
 
     # --- connections ---
-    max_connections: int = _setting(4096, "Connections in all.", low=1, high=1_000_000)
+    max_connections: int = _setting(
+        4096,
+        "Connections in all (and 16 more for admins). One user has at most as many as are left for others.",
+        low=1,
+        high=1_000_000,
+    )
     connections_per_user: int = _setting(1024, "Connections of one user (admins exempt).", low=1, high=1_000_000)
     open_requests: int = _setting(
         64, "Unanswered requests of one connection; then it is not read on.", low=1, high=4096
+    )
+    watches_per_user: int = _setting(
+        2048, "Requests of one user that wait for jobs or follow them at a time (admins exempt).", low=1
     )
     max_output_bytes: int = _setting(
         8 * 2**20, "Bytes of events that may wait for one slow reader; beyond it the connection is closed.", low=65536

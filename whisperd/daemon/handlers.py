@@ -150,12 +150,14 @@ def _handle_result(call: Call, params: Result) -> None:
         _answer(call, params.job)
         return
 
+    watchers.admit(call.peer, call.id)
+
     def late() -> None:
         watchers.unwait(params.job, call.peer, call.id)
         _answer(call, params.job)
 
     timer = None if params.wait_s is None else call.house.loop.call_later(params.wait_s, late)
-    watchers.wait(params.job, call.peer, call.id, Wait(lambda: _answer(call, params.job), timer))
+    watchers.wait(params.job, call.id, Wait(call.peer, lambda: _answer(call, params.job), timer))
 
 
 def _answer(call: Call, job_id: int) -> None:
@@ -212,6 +214,7 @@ def _handle_forget(call: Call, params: Forget) -> None:
 def _handle_subscribe(call: Call, params: Subscribe) -> None:
     """Answer with where the job is, push the events since `after_seq`, then push what comes."""
     uid = call.peer.uid
+    call.house.watchers.admit(call.peer, call.id)
     if params.job is None:
         call.house.watchers.subscribe(Subscription(peer=call.peer, request_id=call.id, uid=uid, job_id=None))
         call.reply({"job": None, "last_seq": 0})
@@ -223,7 +226,16 @@ def _handle_subscribe(call: Call, params: Subscribe) -> None:
         call.reply({"job": call.show(answer.job, answer.run), "last_seq": answer.job.last_seq})
         _push_events(call, job_id, params.after_seq)
 
-    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view, with_transcript=False), then, call.fail)
+    def failed(error: WhisperdError) -> None:
+        call.house.watchers.release(call.peer, call.id)
+        call.fail(error)
+
+    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view, with_transcript=False), then, failed)
+
+
+def _end_subscription(call: Call) -> None:
+    call.house.watchers.release(call.peer, call.id)
+    call.peer.finish(call.id)
 
 
 def _push_events(call: Call, job_id: int, after_seq: int) -> None:
@@ -242,21 +254,20 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
         for event in events:
             subscription.push(event)
             if call.peer.pending_output > house.config.max_output_bytes // 2:
-                _push_events(
-                    call, job_id, event.seq
-                )  # a reader who keeps up is not to be cut off for the length of the past
+                # A reader who keeps up is not to be cut off for the length of the past.
+                _push_events(call, job_id, event.seq)
                 return
         if events and events[-1].kind == "end":
-            call.peer.finish(call.id)
+            _end_subscription(call)
         elif len(events) == _EVENT_PAGE:
             _push_events(call, job_id, events[-1].seq)
         elif job_id in house.board.jobs:
             house.watchers.subscribe(subscription)
         else:
-            call.peer.finish(call.id)  # it ended before `after_seq`, or was forgotten meanwhile
+            _end_subscription(call)  # it ended before `after_seq`, or was forgotten meanwhile
 
     def failed(error: WhisperdError) -> None:
-        call.peer.finish(call.id)
+        _end_subscription(call)
 
     store = house.ledger.store
     _read_in_turn(call, lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE), then, failed)

@@ -17,6 +17,7 @@ from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.descriptors import closing_is_stuck
 from whisperd.daemon.disk import Disk
 from whisperd.daemon.housekeeping import ClockGuard, Housekeeping, seen_at
+from whisperd.daemon.inventory import Inventory
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
@@ -57,7 +58,8 @@ class House:
                 failed_audio_s=config.keep_failed_audio_hours * 3600,
             )
         )
-        self.board, self.watchers, self.metrics = Board(), Watchers(), Metrics()
+        self.board, self.metrics = Board(), Metrics()
+        self.watchers = Watchers(most_per_user=config.watches_per_user, unlimited=self.is_admin)
         self.ledger = Ledger(
             database=database,
             store=store,
@@ -67,6 +69,7 @@ class House:
             metrics=self.metrics,
         )
         self.database = database
+        self.inventory = Inventory(loop, self.ledger, str(database.path))
         env = helper_environment(config)
         self.copying = self._copy_lane("copier", config.copiers, config.copy_timeout_s, env)
         # A receiver also waits for its client, whose time is kept by the upload itself.

@@ -28,6 +28,8 @@ _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _REARM_S = 1.0
 # Refused clients that may still be told why at a time; beyond that they are only hung up on.
 _MAX_REFUSED = 64
+# Beyond `max_connections`: an administrator must be able to look at a daemon that others have filled.
+_ADMINS_EXTRA = 16
 
 
 class Server:
@@ -156,12 +158,21 @@ class Server:
             link.refuse(refusal)
 
     def _refusal(self, uid: int) -> WhisperdError | None:
-        if len(self._links) >= self.config.max_connections:
+        unlimited, left = self._unlimited(uid), self.config.max_connections - len(self._links)
+        if left <= (-_ADMINS_EXTRA if unlimited else 0):
             return WhisperdError(
                 ErrorCode.UNAVAILABLE,
                 f"whisperd has {self.config.max_connections} connections already (max_connections): try again later",
             )
-        if self._per_user[uid] >= self.config.connections_per_user and not self._unlimited(uid):
+        if unlimited:
+            return None
+        if self._per_user[uid] > left:
+            return WhisperdError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"your programs hold {self._per_user[uid]} connections, more than are left for others "
+                "(max_connections): close some",
+            )
+        if self._per_user[uid] >= self.config.connections_per_user:
             return WhisperdError(
                 ErrorCode.QUOTA_EXCEEDED,
                 f"your programs hold {self.config.connections_per_user} connections already (connections_per_user): "

@@ -49,21 +49,8 @@ def statistics(house: House, reply: Reply, fail: Fail, *, inspect: bool = False)
 
 
 def _look_and_reply(house: House, reply: Reply, fail: Fail) -> None:
-    """Collect what only the disk knows in the store thread, then answer."""
-
-    def look(db: Any, now: float) -> dict[str, Any]:
-        database_bytes = sum(
-            os.stat(path).st_size
-            for path in (house.database.path, f"{house.database.path}-wal")
-            if os.path.exists(path)
-        )
-        return {
-            "totals": house.ledger.store.totals(db),
-            "spool_bytes": house.ledger.spool.used_bytes(),
-            "database_bytes": database_bytes,
-        }
-
-    house.ledger.read(look, lambda disk: reply(_collect(house, disk)), fail)
+    """Have counted what only the disk knows, then answer."""
+    house.inventory.ask(lambda disk: reply(_collect(house, disk)), fail)
 
 
 def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
