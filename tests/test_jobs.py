@@ -59,6 +59,7 @@ JOB = Job(
     eta_s=None,
     audio_s=17.25,
     attempts=2,
+    retried=True,
     error={"code": "bad_audio", "message": "no audio track"},
 )
 
@@ -81,6 +82,7 @@ def test_a_job_on_the_wire() -> None:
         "eta_s": None,
         "audio_s": 17.25,
         "attempts": 2,
+        "retried": True,
         "error": {"code": "bad_audio", "message": "no audio track"},
     }
     assert Job.from_wire(wire | {"of a newer daemon": 1}) == JOB

@@ -160,9 +160,15 @@ def test_the_command_line_retries(client: RawClient, shared: Daemon, tmp_path: P
     by_name = shared.whisperctl("retry", str(old["id"]))
     assert by_name.returncode == 0, by_name.stderr
     client.result(int(by_name.stdout))
-    failed = len(client.call("jobs", state="failed")["jobs"])
+    assert client.call("result", job=old["id"])["job"]["retried"]
+    failed = [job for job in client.call("jobs", state="failed")["jobs"] if not job["retried"]]
     all_failed = shared.whisperctl("retry", "--failed")
-    assert len(all_failed.stdout.split()) == failed
+    again = [int(number) for number in all_failed.stdout.split()]
+    assert len(again) == len(failed) >= 1
+    for number in again:
+        client.result(number)
+    once_more = shared.whisperctl("retry", "--failed")
+    assert len(once_more.stdout.split()) == len(again), "the last try of each, and none of those before it"
 
 
 # --- pause and resume ---

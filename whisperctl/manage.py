@@ -76,7 +76,7 @@ def forget(shell: Shell, jobs: Sequence[int], as_json: bool) -> int:
 
 @click.command()
 @click.argument("jobs", nargs=-1, type=JOB, metavar="JOB...")
-@click.option("--failed", is_flag=True, help="All failed jobs (the newest 200).")
+@click.option("--failed", is_flag=True, help="All failed jobs (of the newest 200) that were not tried again yet.")
 @json_option
 @common_options
 @click.pass_obj
@@ -85,7 +85,8 @@ def retry(shell: Shell, jobs: Sequence[int], failed: bool, as_json: bool) -> int
     if bool(jobs) == failed:
         raise click.UsageError("name jobs, or give --failed")
     if failed:
-        jobs = [job.id for job in reversed(shell.client.jobs(state=JobState.FAILED, limit=200))]
+        found = reversed(shell.client.jobs(state=JobState.FAILED, limit=200))
+        jobs = [job.id for job in found if not job.retried]
 
     def retry_one(job_id: int) -> Exit:
         job = shell.client.retry(job_id)

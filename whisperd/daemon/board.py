@@ -130,6 +130,7 @@ class Board:
             eta_s=None if live is None else live.eta_s,
             audio_s=run.audio_s,
             attempts=run.starts,
+            retried=run.retried,
             error=None if job.error_code is None else {"code": job.error_code, "message": job.error_message or ""},
         )
 

@@ -79,6 +79,7 @@ class Job:
     eta_s: float | None = None
     audio_s: float | None = None
     attempts: int = 0
+    retried: bool = False
     error: Mapping[str, str] | None = None
 
     @property

@@ -11,6 +11,12 @@ from whisperd.daemon.store.rows import Event, JobRow, RunRow, job_row, run_row, 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 
+SELECT_RUNS = """
+    SELECT *, state IN ('failed', 'cancelled') AND EXISTS (
+        SELECT 1 FROM runs AS later
+        WHERE later.id > runs.id AND (later.share_key = runs.share_key OR later.source_key = runs.source_key)
+    ) AS retried FROM runs
+"""
 ENDED_SQL = "('done', 'failed', 'cancelled')"
 
 
@@ -111,10 +117,10 @@ class Reading:
         return total
 
     def _runs(self, db: sqlite3.Connection, where: str, *values: Any) -> list[RunRow]:
-        return [run_row(row) for row in all_rows(db, f"SELECT * FROM runs WHERE {where}", *values)]
+        return [run_row(row) for row in all_rows(db, f"{SELECT_RUNS} WHERE {where}", *values)]
 
     def _find_run(self, db: sqlite3.Connection, run_id: int) -> RunRow | None:
-        row = one_row(db, "SELECT * FROM runs WHERE id = ?", run_id)
+        row = one_row(db, f"{SELECT_RUNS} WHERE id = ?", run_id)
         return None if row is None else run_row(row)
 
     def _run(self, db: sqlite3.Connection, run_id: int) -> RunRow:

@@ -41,6 +41,7 @@ class RunRow:
     created_at: float
     ended_at: float | None
     audio_expires_at: float | None
+    retried: bool  # it ended in vain, and the same work was begun again since; not a column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,7 @@ class Change:
 
 
 _BLOBS = {"source", "options"}
-_BOOLEANS = {"decoded", "truncated", "attached", "fresh"}
+_BOOLEANS = {"decoded", "truncated", "attached", "fresh", "retried"}
 
 
 def _values(kind: type[Any], row: sqlite3.Row) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _values(kind: type[Any], row: sqlite3.Row) -> dict[str, Any]:
 
 
 def run_row(row: sqlite3.Row) -> RunRow:
-    """Read a row of `runs`."""
+    """Read a row of `SELECT_RUNS`."""
     return RunRow(**_values(RunRow, row))
 
 
