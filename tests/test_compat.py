@@ -14,7 +14,7 @@ import pytest
 
 from tests.media_server import MediaServer, serving
 from tests.support import PLAIN_OPTIONS, wait_until, write_noise
-from tests.youtube import YouTubeDaemon
+from tests.video_daemon import VideoDaemon
 from whisperctl import BadRequest, Client, JobCancelled, JobFailed, JobTimeout
 from whisperctl.compat import WhisperAPIClient, WhisperTranscriberCompat
 
@@ -26,8 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MediaServer]:
 
 
 @pytest.fixture(scope="module")
-def daemon(micro: Path, server: MediaServer) -> Iterator[YouTubeDaemon]:
-    daemon = YouTubeDaemon(server, model=str(micro))
+def daemon(micro: Path, server: MediaServer) -> Iterator[VideoDaemon]:
+    daemon = VideoDaemon(server, model=str(micro))
     try:
         daemon.start(ready=True)
         yield daemon
@@ -36,13 +36,13 @@ def daemon(micro: Path, server: MediaServer) -> Iterator[YouTubeDaemon]:
 
 
 @pytest.fixture
-def api(daemon: YouTubeDaemon) -> Iterator[WhisperAPIClient]:
+def api(daemon: VideoDaemon) -> Iterator[WhisperAPIClient]:
     with WhisperAPIClient(str(daemon.socket), **PLAIN_OPTIONS) as api:
         yield api
 
 
 @pytest.fixture
-def client(daemon: YouTubeDaemon) -> Iterator[Client]:
+def client(daemon: VideoDaemon) -> Iterator[Client]:
     with Client(daemon.socket) as client:
         yield client
 
@@ -86,7 +86,7 @@ def test_both_ways_come_to_the_same_text(
 
 
 def test_many_threads_and_clients_queue_a_video_once(
-    api: WhisperAPIClient, daemon: YouTubeDaemon, client: Client, server: MediaServer, video: str
+    api: WhisperAPIClient, daemon: VideoDaemon, client: Client, server: MediaServer, video: str
 ) -> None:
     server.slow.add(f"{video}.wav")
     others = [WhisperAPIClient(str(daemon.socket), **PLAIN_OPTIONS) for _ in range(3)]
@@ -132,7 +132,7 @@ def test_a_failed_video_raises_with_its_reason_and_is_tried_anew(
 
 
 def test_a_timeout_leaves_the_job_running(
-    api: WhisperAPIClient, daemon: YouTubeDaemon, client: Client, server: MediaServer, video: str
+    api: WhisperAPIClient, daemon: VideoDaemon, client: Client, server: MediaServer, video: str
 ) -> None:
     server.slow.add(f"{video}.wav")
     with pytest.raises(JobTimeout) as caught:
@@ -146,7 +146,7 @@ def test_a_timeout_leaves_the_job_running(
 
 
 def test_a_cancelled_or_forgotten_video_is_tried_anew(
-    api: WhisperAPIClient, daemon: YouTubeDaemon, client: Client, server: MediaServer, video: str
+    api: WhisperAPIClient, daemon: VideoDaemon, client: Client, server: MediaServer, video: str
 ) -> None:
     server.slow.add(f"{video}.wav")
     for _ in range(2):
@@ -183,7 +183,7 @@ def test_a_job_forgotten_while_it_is_asked_for(
 def test_a_restart_of_the_daemon_is_survived(
     micro: Path, tmp_path: Path, server: MediaServer, video: str, request: pytest.FixtureRequest
 ) -> None:
-    daemon = YouTubeDaemon(server, model=str(micro))
+    daemon = VideoDaemon(server, model=str(micro))
     request.addfinalizer(daemon.close)
     daemon.start()
     server.slow.add(f"{video}.wav")
@@ -201,7 +201,7 @@ def test_a_restart_of_the_daemon_is_survived(
             assert len(jobs_of(client, video)) == 2
 
 
-def test_options_hold_for_every_video(daemon: YouTubeDaemon, client: Client, video: str) -> None:
+def test_options_hold_for_every_video(daemon: VideoDaemon, client: Client, video: str) -> None:
     with WhisperAPIClient(str(daemon.socket), **PLAIN_OPTIONS | {"language": "de"}) as german:
         assert german.transcribe_video_sync(video)
         assert jobs_of(client, video)[0].options["language"] == "de"
@@ -240,14 +240,14 @@ def test_a_client_is_kept_across_a_fork(api: WhisperAPIClient) -> None:
     "base_url", ["http://localhost:8765", "http://127.0.0.1:5000/api", "https://[::1]:1/", None, ""]
 )
 def test_an_address_of_this_machine_is_the_daemon_here(
-    daemon: YouTubeDaemon, monkeypatch: pytest.MonkeyPatch, base_url: str | None
+    daemon: VideoDaemon, monkeypatch: pytest.MonkeyPatch, base_url: str | None
 ) -> None:
     monkeypatch.setenv("WHISPERD_SOCKET", str(daemon.socket))
     with WhisperAPIClient(base_url=base_url, timeout=10) as api:
         assert api.health()
 
 
-def test_a_socket_may_stand_in_place_of_the_address(daemon: YouTubeDaemon) -> None:
+def test_a_socket_may_stand_in_place_of_the_address(daemon: VideoDaemon) -> None:
     with WhisperAPIClient(f"unix:{daemon.socket}") as api, WhisperAPIClient(f"unix://{daemon.socket}") as other:
         assert api.health()["pid"] == other.health()["pid"] == daemon.pid
 
@@ -257,7 +257,7 @@ def test_another_machine_is_refused_with_another_way() -> None:
         WhisperAPIClient("http://gpu.example.org:8765")
 
 
-def test_the_page_about_moving_is_true(daemon: YouTubeDaemon, video: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_about_moving_is_true(daemon: VideoDaemon, video: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its program runs, with the ids of the test, after the import is changed and nothing else."""
     page = (Path(__file__).parents[1] / "docs/moving.md").read_text()
     before, after, ladder = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.media_server import MediaServer, serving
 from tests.support import PLAIN_OPTIONS, wait_until, write_noise
-from tests.youtube import environment
+from tests.video_daemon import environment
 from whisperctl import DaemonUnreachable, JobFailed, WhisperdError
 from whisperctl.compat import WhisperTranscriber
 from whisperctl.private import PrivateDaemon

@@ -11,7 +11,7 @@ import pytest
 
 from tests.media_server import MediaServer, serving
 from tests.support import wait_until, write_noise
-from tests.youtube import YouTubeDaemon
+from tests.video_daemon import VideoDaemon
 from whisperctl import Client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -29,9 +29,9 @@ def server(tmp_path: Path) -> Iterator[MediaServer]:
 
 
 @pytest.fixture
-def daemon(micro: Path, server: MediaServer) -> Iterator[YouTubeDaemon]:
+def daemon(micro: Path, server: MediaServer) -> Iterator[VideoDaemon]:
     # Few places: the finder has more videos than are taken at once.
-    daemon = YouTubeDaemon(server, model=str(micro), capacity=4)
+    daemon = VideoDaemon(server, model=str(micro), capacity=4)
     try:
         daemon.start()
         yield daemon
@@ -39,7 +39,7 @@ def daemon(micro: Path, server: MediaServer) -> Iterator[YouTubeDaemon]:
         daemon.close()
 
 
-def start(name: str, daemon: YouTubeDaemon, *arguments: str) -> subprocess.Popen[str]:
+def start(name: str, daemon: VideoDaemon, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, EXAMPLES / f"{name}.py", *arguments],
         env=daemon.environment() | {"WHISPERD_SOCKET": str(daemon.socket)},
@@ -50,7 +50,7 @@ def start(name: str, daemon: YouTubeDaemon, *arguments: str) -> subprocess.Popen
     )
 
 
-def test_both_at_once(daemon: YouTubeDaemon, server: MediaServer, tmp_path: Path) -> None:
+def test_both_at_once(daemon: VideoDaemon, server: MediaServer, tmp_path: Path) -> None:
     videos, texts = tmp_path / "ids.txt", tmp_path / "texts"
     videos.write_text("\n".join([*BACKGROUND, "not-to-be-h", BACKGROUND[0]]))
     server.refused["not-to-be-h.wav"] = 404

@@ -1,4 +1,7 @@
-"""YouTube for tests: real yt-dlp, with videos that lie on a server on loopback."""
+"""Daemons for whom every video id is a recording on a server on loopback, fetched by real yt-dlp.
+
+What YouTube itself answers, and what becomes of that, is the matter of `loopback_youtube.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from tests.media_server import MediaServer
 from tests.support import Daemon
 
-FOLDER = Path(__file__).with_name("youtube_on_loopback")
+FOLDER = Path(__file__).with_name("every_video")
 
 # Loopback is allowed; what fails for the moment is tried again soon.
 SETTINGS: dict[str, Any] = {"fetch_allow_private": True, "fetch_backoff_s": 0.05}
@@ -19,7 +22,7 @@ def environment(server: MediaServer) -> dict[str, str]:
     return {"PYTHONPATH": str(FOLDER), "TEST_YOUTUBE": server.url("").rstrip("/")}
 
 
-class YouTubeDaemon(Daemon):
+class VideoDaemon(Daemon):
     """A daemon whose videos come from a server on loopback."""
 
     def __init__(self, server: MediaServer, **settings: Any) -> None:
