@@ -46,9 +46,9 @@ def install(machine: Machine, source: str = SOURCE, version: str = whisperd.__ve
     machine.run("make", "-C", source, "install", "PIP_FLAGS=--no-index --no-build-isolation", *given)
 
 
-def configure(machine: Machine, text: str = "") -> None:
-    """Write the configuration, and `text` below it."""
-    machine.write("/etc/whisperd/whisperd.toml", to_toml(CONFIGURATION) + text)
+def configure(machine: Machine, text: str = "", **settings: Any) -> None:
+    """Write the configuration with these settings, and `text` below it."""
+    machine.write("/etc/whisperd/whisperd.toml", to_toml(CONFIGURATION | settings) + text)
 
 
 def let_in(machine: Machine) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.media_server import serving
 from tests.superserver import Superserver, superserver
-from tests.support import PLAIN_OPTIONS, RawClient, requires_root, running_daemon, wait_until, write_noise
+from tests.support import requires_root, running_daemon, wait_until, write_noise
 from tests.watched_helper import Watched
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.spool import Spool
@@ -125,30 +125,23 @@ def test_an_instance_serves_its_daemon_alone() -> None:
         assert ours.recv(1) == b""
 
 
-def test_each_download_has_a_process_of_its_own(micro: Path, tmp_path: Path) -> None:
-    settings = {"fetch_allow_private": True, "fetch_extractors": ["generic"], "fetchers": 1}
-    recording = write_noise(tmp_path / "talk.wav", 2)
-    fetcher, socket_path = "whisperd.fetch.fetcher", tmp_path / "fetch.sock"
+def test_each_download_has_a_process_of_its_own(tmp_path: Path) -> None:
+    settings = {"fetch_allow_private": True, "fetch_extractors": ["generic"], "fetchers": 1, "log_level": "debug"}
+    fetcher, path = "whisperd.fetch.fetcher", tmp_path / "fetch.sock"
     with (
-        serving(recording) as web,
-        superserver(socket_path, fetcher) as units,
-        running_daemon(model=str(micro), fetch_socket=str(socket_path), **settings) as daemon,
+        serving(write_noise(tmp_path / "talk.wav", 2)) as web,
+        superserver(path, fetcher) as units,
+        running_daemon(model="/nowhere/model.pt", fetch_socket=str(path), **settings) as daemon,
         daemon.client() as client,
     ):
-        for name in ("one.wav", "two.wav"):
-            assert done(client, web.url(name))["state"] == "done"
+        jobs = [client.call("submit", source={"kind": "url", "url": web.url(f"{n}.wav")})["job"]["id"] for n in (1, 2)]
+        for job in jobs:
+            fetched = lambda job=job: client.call("result", job=job)["job"]["state"] == "queued"  # noqa: E731
+            wait_until(fetched, 30, "it is downloaded, and waits for a model")
         assert len(units.started) == 2
         wait_until(lambda: not units.alive, 10, "they end with their work")
-        assert "yt_dlp" in client.call("stats")["lanes"]["fetch"], "also of one that lived for a moment"
-        assert client.call("stats")["lanes"]["fetch"]["yt_dlp"]
-        assert client.call("health")["problems"] == []
+        assert client.call("stats")["lanes"]["fetch"]["yt_dlp"], "also one that lives for a moment tells its version"
         assert not any((daemon.state_dir / "downloads").iterdir())
-
-
-def done(client: RawClient, url: str) -> dict[str, object]:
-    job = client.call("submit", source={"kind": "url", "url": url}, options=PLAIN_OPTIONS)["job"]
-    ended: dict[str, object] = client.result(job["id"])["job"]
-    return ended
 
 
 # --- what was downloaded, by somebody who may be somebody else by now ---

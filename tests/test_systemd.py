@@ -67,7 +67,7 @@ def test_a_loop_that_stands_still_is_replaced(machine: Machine) -> None:
 
 
 def test_a_model_helper_that_stands_still_is_replaced(machine: Machine) -> None:
-    configure(machine, "heartbeat_timeout_s = 5\n")
+    configure(machine, heartbeat_timeout_s=5)
     machine.run("systemctl", "restart", "whisperd")
     wait_up(machine)
     before = main_pid(machine)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.installed import PLAIN, PYTHON, SOURCE, configure, drop_in, main_pid, recording, wait_up, whisperctl
 from tests.machine import Machine, requires_systemd
-from tests.support import to_toml, wait_until
+from tests.support import wait_until
 
 pytestmark = requires_systemd
 
@@ -22,9 +22,9 @@ LOOPBACK = "IPAddressAllow=127.0.0.1"
 
 
 @contextmanager
-def web_server(machine: Machine, seconds: float = 2) -> Iterator[str]:
-    """Serve a recording inside; yields the address of the server. What it was asked is in its unit's journal."""
-    path = recording(machine, "web.wav", seconds)
+def web_server(machine: Machine, seconds: float = 2, *, file: str = "") -> Iterator[str]:
+    """Serve a recording, or a file, inside; yields the server's address. What it was asked is in its unit's journal."""
+    path = file or recording(machine, "web.wav", seconds)
     command = ["systemd-run", "--unit=web", "--working-directory", SOURCE, "--setenv=PYTHONUNBUFFERED=1"]
     machine.run(*command, PYTHON, "-m", "tests.media_server", path)
     try:
@@ -100,7 +100,7 @@ def test_a_stop_of_the_daemon_ends_its_downloads(machine: Machine) -> None:
 def test_a_model_is_downloaded_in_its_unit_for_the_daemon(machine: Machine) -> None:
     with drop_in(machine, FETCH, LOOPBACK), web_server(machine) as web:
         sha256 = hashlib.sha256((machine.root / "tmp/web.wav").read_bytes()).hexdigest()
-        configure(machine, to_toml({"extra_models": [f"ours={sha256}"], "models_url": web}))
+        configure(machine, extra_models=[f"ours={sha256}"], models_url=web)
         try:
             machine.run("systemctl", "restart", "whisperd.service")
             wait_up(machine)

@@ -127,6 +127,9 @@ def start(role: str, argv: list[str] | None = None) -> HelperLink:
     except (EOFError, OSError):
         os._exit(0)
     assert isinstance(first, Configure), "the daemon's first message is Configure"
-    link = HelperLink(channel, first.settings, watchdog)
+    settings = dict(first.settings)
+    if level := settings.pop("log_level", None):  # told by the daemon to one that it did not start
+        logs.configure(level)
+    link = HelperLink(channel, settings, watchdog)
     link._start()
     return link

@@ -80,6 +80,8 @@ class Pool:
         self._loop, self._config = loop, config
         self._role, self._module, self._size, self._silent_s = role, module, size, silent_s
         self._settings, self._env, self._freed, self._address = settings, env, freed, address
+        if address is not None:  # else the command line says it
+            self._settings = {**settings, "log_level": config.log_level}
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._stopping = False
