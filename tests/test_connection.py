@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from tests.support import wait_until
 from whisperd.daemon.connection import MAX_DESCRIPTORS, Connection
-from whisperd.daemon.output_budget import OutputBudget
+from whisperd.daemon.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, Raw, encode_body, encode_frame, parse_body
 from whisperd.protocol.messages import Request
 
 
 def connection(
-    open_requests: int = 64, max_output_bytes: int = 1 << 20, budget: OutputBudget | None = None
+    open_requests: int = 64, max_output_bytes: int = 1 << 20, budget: UserBudget | None = None
 ) -> Connection:
     return Connection(
         open_requests=open_requests,
         max_output_bytes=max_output_bytes,
-        budget=budget or OutputBudget(1 << 40, soon=lambda fn: fn()),
+        budget=budget or UserBudget(output_bytes=1 << 40, store_calls=1 << 20, soon=lambda fn: fn()),
         output=lambda: None,
     )
 
@@ -309,7 +309,7 @@ def test_events_that_nobody_reads_end_the_connection_but_a_large_reply_does_not(
 
 
 def test_a_users_connections_share_what_may_lie_unread() -> None:
-    budget = OutputBudget(3 * MAX_REPLY_BYTES - 2000, soon=lambda fn: fn())
+    budget = UserBudget(output_bytes=3 * MAX_REPLY_BYTES - 2000, store_calls=4, soon=lambda fn: fn())
     deaf, quick = connection(budget=budget, max_output_bytes=1 << 30), connection(budget=budget)
     for conn in (deaf, quick):
         conn.receive(request(1, "subscribe") + request(2))
@@ -332,13 +332,30 @@ def test_a_users_connections_share_what_may_lie_unread() -> None:
     assert not deaf.push(1, {"event": "segment"})
     assert (deaf.overflowed, quick.overflowed) == (True, False)
     deaf.drop_output()
-    assert woken == [True]
-    assert quick.wants_input
-    budget.add(-2 * MAX_REPLY_BYTES)
+    assert (woken, quick.wants_input) == ([], False), "not before half of it is free"
+    budget.add(-MAX_REPLY_BYTES)
+    assert (woken, quick.wants_input) == ([True], True)
+    budget.add(-MAX_REPLY_BYTES)
     assert started == [0, 1, 2]
     quick.drop_output()
     budget.add(1)
     assert not budget.full
+
+
+def test_a_user_who_keeps_the_store_busy_is_not_read_on() -> None:
+    budget = UserBudget(output_bytes=1 << 30, store_calls=4, soon=lambda fn: fn())
+    one, other = connection(budget=budget), connection(budget=budget)
+    for _ in range(3):
+        budget.began()
+    assert one.wants_input
+    budget.began()
+    assert not one.wants_input
+    assert not other.wants_input
+    budget.ended()
+    assert not one.wants_input
+    budget.ended()
+    assert one.wants_input
+    assert other.wants_input
 
 
 @settings(deadline=None)

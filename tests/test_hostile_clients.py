@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgpack
 import psutil
+import pytest
 
 from tests.support import Daemon, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
@@ -153,3 +156,23 @@ def test_stats_are_never_older_than_the_question(
             waiting = [flood.send("stats") for _ in range(20)]
             assert client.call("stats")["jobs"]["total"]["cancelled"] == count
             assert all(flood.reply(number)["result"]["jobs"]["total"]["cancelled"] == count for number in waiting)
+
+
+@requires_root
+def test_a_flood_of_calls_to_the_store_stops_at_its_own_user(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", store_calls_per_user=8)
+    with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as person:
+        person.isolation_level = None
+        with client_as(daemon, 20_001) as flood, client_as(daemon, 20_002) as other:
+            person.execute("BEGIN IMMEDIATE")  # the store stands still
+            ids = [flood.send("cancel", job=number) for number in range(1, 21)]
+            behind = flood.send("hello")
+            assert other.call("health")["queue"]["depth"] == 0
+            with pytest.raises(TimeoutError):
+                flood.receive(0.3)
+            person.execute("ROLLBACK")
+            assert {flood.reply(number)["error"]["code"] for number in ids} == {"not_found"}
+            assert flood.reply(behind)["ok"]
+            assert submit(other, recording())["state"] == "queued"

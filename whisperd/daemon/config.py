@@ -266,6 +266,9 @@ class Config:
         "is not read on.",
         low=2 * MAX_REPLY_BYTES,
     )
+    store_calls_per_user: int = _setting(
+        256, "Requests of one user that wait for the queue's database; with more he is not read on.", low=2
+    )
     send_timeout_s: float = _setting(30.0, "Seconds that a client may leave waiting output unread.", low=0.1)
     frame_timeout_s: float = _setting(30.0, "Seconds that a frame may take from its first byte to its last.", low=0.1)
 

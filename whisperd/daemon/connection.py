@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from whisperd.daemon.descriptors import close_apart
-from whisperd.daemon.output_budget import OutputBudget
+from whisperd.daemon.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.frames import (
@@ -42,7 +42,7 @@ class Connection:
     """The state of one connection. `output` is called whenever something to send, or room for requests, has come up."""
 
     def __init__(
-        self, *, open_requests: int, max_output_bytes: int, budget: OutputBudget, output: Callable[[], None]
+        self, *, open_requests: int, max_output_bytes: int, budget: UserBudget, output: Callable[[], None]
     ) -> None:
         self.closed = False
         self.broken = False  # the stream cannot be read on: flush, then close

@@ -195,11 +195,12 @@ def _handle_cancel(call: Call, params: Cancel) -> None:
         lambda db, now: store.cancel(db, params.job, now, uid=view),
         lambda change: call.reply({"job": call.show(*about(change))}),
         call.fail,
+        by=call.peer,
     )
 
 
 def _handle_retry(call: Call, params: Retry) -> None:
-    retry(call.house, params.job, call.view(), call.reply, call.fail)
+    retry(call.house, call.peer, params.job, call.reply, call.fail)
 
 
 def _handle_forget(call: Call, params: Forget) -> None:
@@ -208,6 +209,7 @@ def _handle_forget(call: Call, params: Forget) -> None:
         lambda db, now: store.forget(db, params.job, uid=view),
         lambda change: call.reply({"job": call.show(*about(change))}),
         call.fail,
+        by=call.peer,
     )
 
 
@@ -230,7 +232,9 @@ def _handle_subscribe(call: Call, params: Subscribe) -> None:
         call.house.watchers.release(call.peer, call.id)
         call.fail(error)
 
-    call.house.ledger.read(lambda db, now: store.answer(db, job_id, uid=view, with_transcript=False), then, failed)
+    call.house.ledger.read(
+        lambda db, now: store.answer(db, job_id, uid=view, with_transcript=False), then, failed, by=call.peer
+    )
 
 
 def _end_subscription(call: Call) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from whisperd.daemon.board import Board
 from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.server import Peer
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import Store
 from whisperd.daemon.store.database import Database
@@ -62,11 +63,13 @@ class Ledger:
         then: Callable[[Change], None] = lambda change: None,
         failed: Callable[[WhisperdError], object] | None = None,
         *,
+        by: Peer | None = None,
         new_work: bool = False,
     ) -> None:
         """Run a store call; `then` gets its change once it is durable and told, `failed` the error otherwise.
 
-        `new_work` is what a full disk refuses (`Database.call`).
+        `by` is the client whose user it is counted for: who asks for much at once is not read on. `new_work` is what a
+        full disk refuses (`Database.call`).
         """
 
         def committed(change: Change) -> None:
@@ -81,16 +84,18 @@ class Ledger:
             self.changed(change)
             then(change)
 
-        self._call(call, committed, failed, new_work=new_work)
+        self._call(call, committed, failed, by=by, new_work=new_work)
 
     def read(
         self,
         call: StoreCall[T],
         then: Callable[[T], None],
         failed: Callable[[WhisperdError], object] | None = None,
+        *,
+        by: Peer | None = None,
     ) -> None:
         """Run a call that changes nothing, in order with those that do."""
-        self._call(call, then, failed)
+        self._call(call, then, failed, by=by)
 
     def _call(
         self,
@@ -98,10 +103,15 @@ class Ledger:
         then: Callable[[T], None],
         failed: Callable[[WhisperdError], object] | None,
         *,
+        by: Peer | None,
         new_work: bool = False,
     ) -> None:
+        if by is not None:
+            by.began()
 
         def done(outcome: Any) -> None:
+            if by is not None:
+                by.ended()
             if not isinstance(outcome, Exception):
                 then(outcome)
                 return

@@ -15,7 +15,7 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.connection import Connection
 from whisperd.daemon.descriptors import close_apart, closing_is_stuck
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
-from whisperd.daemon.output_budget import OutputBudget
+from whisperd.daemon.user_budget import UserBudget
 from whisperd.protocol.channel import received_descriptors
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
@@ -77,6 +77,14 @@ class Peer:
         """End a subscription: it no longer counts as an open request."""
         self._link.connection.finish(request_id)
 
+    def began(self) -> None:
+        """The store works for this client: counted for its user until `ended`."""
+        self._link.budget.began()
+
+    def ended(self) -> None:
+        """It has answered."""
+        self._link.budget.ended()
+
     def hold(self, held: bool) -> None:
         """Read no further requests of this client, or go on: how it feels that it sends too fast."""
         self._link.connection.hold(held)
@@ -112,7 +120,7 @@ class Link:
         peer_id: int,
         credentials: tuple[int, int, int],
         *,
-        budget: OutputBudget,
+        budget: UserBudget,
         dispatch: Callable[[Peer, Request, list[int]], None],
         gone: Callable[[Link], None],
         closed: Callable[[Link], None],
@@ -120,7 +128,7 @@ class Link:
         self._loop, self._config = loop, config
         self._dispatch_to, self._gone, self._closed = dispatch, gone, closed
         self._socket = sock
-        self._budget = budget
+        self.budget = budget
         self._state = _State.OPEN
         self.connection = Connection(
             open_requests=self._config.open_requests,
@@ -199,9 +207,9 @@ class Link:
             self._interest = interest
         self._watch_frame(reading)
         self._watch_output()
-        if self._budget.full and not self._waits_for_room:
+        if self.budget.full and not self._waits_for_room:
             self._waits_for_room = True
-            self._budget.when_not_full(self._room_again)
+            self.budget.when_not_full(self._room_again)
 
     def _room_again(self) -> None:
         self._waits_for_room = False
@@ -282,7 +290,7 @@ class Link:
             left -= count
         if self._turns and not self._in_turn and self.connection.output_bytes <= _LOW_WATER_BYTES:
             self._in_turn = True
-            self._budget.reserve(self._next_turn)
+            self.budget.reserve(self._next_turn)
 
     def in_turn(self, start: Turn) -> None:
         self._turns.append(start)
@@ -296,7 +304,7 @@ class Link:
 
     def _turn_over(self) -> None:
         self._in_turn = False
-        self._budget.release()
+        self.budget.release()
         self._wake()
 
     def _watch_output(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import share_key, source_key
+from whisperd.daemon.server import Peer
 from whisperd.daemon.store import check_retry
 from whisperd.daemon.store.rows import Change, JobRow, RunRow, about
 from whisperd.protocol.errors import WhisperdError
@@ -15,8 +16,8 @@ from whisperd.protocol.errors import WhisperdError
 
 def retry(
     house: House,
+    peer: Peer,
     job_id: int,
-    view: int | None,
     reply: Callable[[Mapping[str, Any]], None],
     fail: Callable[[WhisperdError], None],
 ) -> None:
@@ -25,7 +26,7 @@ def retry(
     Raises `stopping`. Its bytes are in the spool already, so they count once.
     """
     house.refuse_when_stopping()
-    store = house.ledger.store
+    store, view = house.ledger.store, house.view_of(peer)
     model = list(house.modelling.identity)
 
     def key(run: RunRow) -> bytes:
@@ -62,4 +63,4 @@ def retry(
             lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key), done, refused, new_work=True
         )
 
-    house.ledger.read(look, admit, fail)
+    house.ledger.read(look, admit, fail, by=peer)

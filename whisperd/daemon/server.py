@@ -15,7 +15,7 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.link import Link, Peer
 from whisperd.daemon.listener import Listener, open_listener
 from whisperd.daemon.loop import READ, Loop, Timer
-from whisperd.daemon.output_budget import OutputBudget
+from whisperd.daemon.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
@@ -62,7 +62,7 @@ class Server:
         self._links: set[Link] = set()
         self._refused: set[Link] = set()
         self._per_user: Counter[int] = Counter()
-        self._budgets: dict[int, OutputBudget] = {}
+        self._budgets: dict[int, UserBudget] = {}
         self._last_id = 0
         self._all_closed: Callable[[], object] | None = None
         self._listen()
@@ -136,7 +136,7 @@ class Server:
         if refusal is not None and len(self._refused) >= _MAX_REFUSED:
             sock.close()
             return
-        budget = self._budgets.get(uid) or OutputBudget(self.config.output_bytes_per_user, self.loop.call_soon)
+        budget = self._budgets.get(uid) or self._new_budget()
         link = Link(
             self.loop,
             self.config,
@@ -156,6 +156,13 @@ class Server:
             log.warning("connection refused uid=%d code=%s connections=%d", uid, refusal.code, self.count)
             self._refused.add(link)
             link.refuse(refusal)
+
+    def _new_budget(self) -> UserBudget:
+        return UserBudget(
+            output_bytes=self.config.output_bytes_per_user,
+            store_calls=self.config.store_calls_per_user,
+            soon=self.loop.call_soon,
+        )
 
     def _refusal(self, uid: int) -> WhisperdError | None:
         unlimited, left = self._unlimited(uid), self.config.max_connections - len(self._links)

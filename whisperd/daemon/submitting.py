@@ -124,7 +124,7 @@ class _Submission:
                 self._house.hold(row["job_id"], self._peer)
             self._admit_and_copy(known=row is not None)
 
-        self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up)
+        self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up, by=self._peer)
 
     def _admit_and_copy(self, *, known: bool) -> None:
         try:

@@ -29,7 +29,7 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
         else:
             _accept(house, peer, new, reply, fail, known=row is not None, stored_bytes=stored_bytes)
 
-    house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail)
+    house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail, by=peer)
 
 
 def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:

@@ -83,7 +83,7 @@ class _UploadSubmission:
             else:
                 self._admit()
 
-        self._house.ledger.read(look, then, self._end)
+        self._house.ledger.read(look, then, self._end, by=self._peer)
 
     def _answer_known(self, fingerprint: bytes, known: Answer) -> None:
         key, size_bytes = self._params.key, self._size_bytes
