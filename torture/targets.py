@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, get_args, get_origin, get_type_hints
 
 from whisperd.daemon.connection import Connection
-from whisperd.daemon.output_budget import OutputBudget
+from whisperd.daemon.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError, FrameReader, parse_body
 from whisperd.protocol.helper_messages import HelperMessage, from_wire
@@ -32,7 +32,7 @@ HELPER_MESSAGES: Sequence[Mapping[str, Any]] = list(_helper_messages())
 
 def feed_connection(data: bytes, random: Random) -> None:
     """Give a connection these bytes in any pieces; each request is answered, refused, or left open, at random."""
-    budget = OutputBudget(1 << 20, soon=_now)
+    budget = UserBudget(output_bytes=1 << 20, store_calls=64, soon=_now)
     connection = Connection(open_requests=8, max_output_bytes=65_536, budget=budget, output=lambda: None)
     open_requests: list[int] = []
 
