@@ -179,7 +179,7 @@ def test_a_file_that_is_too_large_is_refused(case: Case) -> None:
 
 def test_two_processes_do_not_write_one_file(case: Case) -> None:
     with case.partial.open("wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)
         error = case.failure("")
     assert (error.transient, case.server.parts) == (True, [])
 
