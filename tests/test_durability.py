@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.media_server import serving
 from tests.support import Daemon, RawClient, requires_program, running_daemon, submit, wait_until
 from tests.tracing import SystemCall, calls, traced
 
@@ -257,3 +258,30 @@ def test_a_daemon_that_is_killed_after_a_transcript_was_stored_ends_its_job_once
         check_spool(daemon)
         assert not folders(daemon)
         end_all(client)
+
+
+def test_a_daemon_that_is_killed_while_it_takes_a_download_over_downloads_anew(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    daemon = make_daemon(model=NO_MODEL, fetch_allow_private=True, fetch_extractors=["generic"])
+    path = recording()
+    with serving(path) as server:
+        # Before the name in the spool, and after it; before the rows are on the disk.
+        for call, nth in (("rename,renameat,renameat2", 1), ("fsync", 1), ("fdatasync", 2)):
+            daemon.start()
+            with daemon.client() as client:
+                client.call("pause")
+                client.call("submit", source={"kind": "url", "url": server.url(path.name)}, fresh=True)
+                kill = f"inject={call}:signal=SIGKILL:when={nth}"
+                with traced(daemon.pid, tmp_path / "trace", "-e", f"trace={call}", "-e", kill):
+                    with suppress(EOFError, OSError):
+                        client.call("resume")
+                    assert daemon.process is not None
+                    assert daemon.process.wait(60) == -9
+                    daemon.process = None
+        daemon.start()
+        with daemon.client() as client:
+            wait_until(lambda: [bool(job["audio_s"]) for job in client.call("jobs")["jobs"]] == [True] * 3)
+            check_spool(daemon)
+            end_all(client)
+            check_spool(daemon)

@@ -611,6 +611,18 @@ def test_calls_come_back_in_order_and_an_error_is_its_callers_alone(threaded: Da
     assert "mine" not in seen[51], "what a failed call wrote is undone"
 
 
+@pytest.mark.parametrize(
+    "wrong", ["INSERT INTO transcripts VALUES (1, NULL)", "SELECT nothing FROM jobs", "INSERT INTO jobs VALUES (?)"]
+)
+def test_a_call_that_is_wrong_fails_alone(threaded: Database, wrong: str) -> None:
+    seen: list[Any] = []
+    for sql in ("CREATE TABLE one (x)", wrong, "CREATE TABLE two (x)", "SELECT count(*) FROM one, two"):
+        threaded.call(lambda db, sql=sql: db.execute(sql).fetchall(), seen.append)
+    wait_until(lambda: len(seen) == 4, 10)
+    assert isinstance(seen[1], sqlite3.Error)
+    assert seen[3] == [(0,)]
+
+
 def test_a_full_disk_refuses_what_writes_and_answers_what_reads(threaded: Database) -> None:
     seen: list[Any] = []
     threaded.call(lambda db: db.execute("CREATE TABLE t (x)") and "made", seen.append)

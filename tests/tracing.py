@@ -27,13 +27,13 @@ class SystemCall:
 
 @contextmanager
 def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None]:
-    """Attach strace to processes, their threads and what they start from now on, for a `with` block."""
+    """Attach strace to processes, with the threads they have now, for a `with` block; not to what they start."""
     pids = [pids] if isinstance(pids, int) else pids
-    command = ["strace", "-f", "-y", "-ttt", "-s", "256", "-o", str(log), *options]
-    for pid in pids:
-        command += ["-p", str(pid)]
-    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    command = ["strace", "-y", "-ttt", "-s", "256", "-o", str(log), *options]
+    for task in tasks:
+        command += ["-p", task.name]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     wait_until(lambda: tracer.poll() is not None or all(map(_is_traced, tasks)), message="strace holds every thread")
     assert tracer.poll() is None, "strace ended at once: may it trace here?"
     try:

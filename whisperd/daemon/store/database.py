@@ -227,11 +227,16 @@ class Database:
             if call.new_work and self.ballast.missing and self.connection.total_changes != changes:
                 raise self._full()
         except Exception as error:
-            # Rows that contradict each other are this call's trouble alone; other storage errors are everybody's.
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+            if isinstance(error, sqlite3.Error) and not _concerns_the_call_alone(error):
                 raise
             if not isinstance(error, WhisperdError):
                 log.exception("store call failed")
             execute("ROLLBACK TO call")
             call.outcome = error
         execute("RELEASE call")
+
+
+def _concerns_the_call_alone(error: sqlite3.Error) -> bool:
+    """Rows that contradict each other, values that no row takes, a statement that is wrong: the storage is well."""
+    kinds = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+    return isinstance(error, kinds) or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
