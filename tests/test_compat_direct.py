@@ -123,6 +123,15 @@ def test_a_forked_child_neither_ends_nor_starts_it(surroundings: Path) -> None:
     assert not processes_below(surroundings)
 
 
+def test_a_long_temporary_folder_is_no_place_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
+    daemon = PrivateDaemon(["--model", "/nowhere/model.pt"])
+    assert daemon.socket_path.is_socket()
+    daemon.close()
+    assert not daemon.socket_path.parent.exists()
+
+
 def test_it_says_why_it_cannot_start(surroundings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client_only = tmp_path / "client-only"
     client_only.mkdir()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -178,7 +179,8 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
     peer.stop()
 
 
-def test_the_screen_outlives_the_daemon_and_goes_without_a_trace(peer: Peer) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_screen_outlives_the_daemon_and_goes_without_a_trace(peer: Peer, number: int, code: int) -> None:
     peer.add_job(state="running", source={"kind": "fd", "name": "talk.m4a"}, progress=0.5)
     terminal = Terminal(peer, "stats", "--watch")
     terminal.read_until("talk.m4a transcribing 50 %")
@@ -187,8 +189,8 @@ def test_the_screen_outlives_the_daemon_and_goes_without_a_trace(peer: Peer) -> 
     peer.health["version"], peer.health["uptime_s"] = "0.1.0", 7777.0
     peer.start()
     terminal.read_until("up 2 h 9 min")
-    terminal.process.send_signal(2)
-    assert terminal.end() == 130
+    terminal.process.send_signal(number)
+    assert terminal.end() == code
     before, _, after = terminal.bytes.partition(b"\x1b[?1049h")
     assert before.replace(b"\x1b[?25l", b"") == b""
     drawn, _, after = after.rpartition(b"\x1b[?1049l")

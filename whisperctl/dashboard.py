@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -58,6 +60,8 @@ class Dashboard:
         self._live.update(picture(self._history, width, height, now=self._clock(), gone=gone), refresh=True)
 
     def __enter__(self) -> Self:
+        # Ended from elsewhere, it gives the terminal back too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         self._live.__enter__()
         return self
 
