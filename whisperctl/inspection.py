@@ -191,8 +191,8 @@ class Inspection:
         if runtime is None and any(re.search(r"youtube|all|default", str(name)) for name in allowed or ["youtube"]):
             raise _Wrong(
                 f"yt-dlp {version}{old}, but no JavaScript runtime, which YouTube needs",
-                "where whisperd is installed: pip install deno (or have Node 22 or newer), and restart the daemon; where nothing "
-                "is to be downloaded, say so with the setting fetch_extractors = []",
+                "where whisperd is installed: pip install deno (or have Node 22 or newer), and restart the daemon; "
+                "where nothing is to be downloaded, say so with the setting fetch_extractors = []",
             )
         return f"yt-dlp {version}{old}" + (f", {runtime}" if runtime else "")
 
