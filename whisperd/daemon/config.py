@@ -169,6 +169,11 @@ class Config:
         "Bytes of one user's audio on the disk, that of failed and cancelled jobs included (admins exempt).",
         low=1,
     )
+    jobs_per_user: int = _setting(
+        200_000,
+        "Jobs of one user that are kept, ended ones included; beyond it a submit is `quota_exceeded` (admins exempt).",
+        low=1,
+    )
     retention_days: float = _setting(30.0, "Days that ended jobs and their transcripts are kept.", low=0)
     key_retention_days: float = _setting(
         30.0, "Days that idempotency keys are remembered after their jobs' rows are gone.", low=0

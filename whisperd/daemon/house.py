@@ -56,6 +56,8 @@ class House:
                 jobs_s=config.retention_days * DAY_S,
                 keys_s=config.key_retention_days * DAY_S,
                 failed_audio_s=config.keep_failed_audio_hours * 3600,
+                jobs_per_user=config.jobs_per_user,
+                unlimited=self.is_admin,
             )
         )
         self.board, self.metrics = Board(), Metrics()

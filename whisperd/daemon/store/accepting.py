@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from whisperd.daemon.store.moving import Moving
-from whisperd.daemon.store.reading import all_rows
+from whisperd.daemon.store.reading import all_rows, one_row
 from whisperd.daemon.store.rows import Change, JobRow, NewJob, RunRow, pack, unpack
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
@@ -162,7 +162,27 @@ class Accepting(Moving):
         assert cursor.lastrowid is not None
         return self._run(db, cursor.lastrowid)
 
+    def _check_kept(self, db: sqlite3.Connection, uid: int) -> None:
+        """Raise `quota_exceeded` when a user has as many jobs, ended ones included, as are kept for him.
+
+        The count in memory misses what was deleted: it is made anew before anybody is refused.
+        """
+        most = self._retention.jobs_per_user
+        if self._retention.unlimited(uid):
+            return
+        if self._kept.get(uid, most) >= most:
+            counted = one_row(db, "SELECT count(*) AS n FROM (SELECT 1 FROM jobs WHERE uid = ? LIMIT ?)", uid, most)
+            assert counted is not None, "a count has a row"
+            self._kept[uid] = int(counted["n"])
+        if self._kept[uid] >= most:
+            raise WhisperdError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"{most} jobs of yours are kept, and one user may have no more (setting jobs_per_user): forget some",
+            )
+        self._kept[uid] += 1
+
     def _insert_job(self, db: sqlite3.Connection, new: NewJob, run: RunRow, now: float) -> JobRow:
+        self._check_kept(db, new.uid)
         cursor = db.execute(
             """INSERT INTO jobs (run_id, uid, state, priority, attached, key, source, options, submitted_at)
                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",

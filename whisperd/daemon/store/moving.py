@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from whisperd.protocol.jobs import ENDED, JobState, check_move
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long things are kept after their end, in seconds."""
+    """How long things are kept after their end, in seconds, and how many jobs of one user who is not `unlimited`."""
 
     jobs_s: float
     keys_s: float
     failed_audio_s: float
+    jobs_per_user: int = 2**53
+    unlimited: Callable[[int], bool] = lambda uid: False
 
 
 class Moving(Reading):
@@ -27,6 +29,7 @@ class Moving(Reading):
 
     def __init__(self, retention: Retention) -> None:
         self._retention = retention
+        self._kept: dict[int, int] = {}  # jobs by user, at least as many as there are
 
     def _put_back(self, db: sqlite3.Connection, change: Change, run: RunRow) -> None:
         """`running` → `queued`. What it has come to stays with it."""
