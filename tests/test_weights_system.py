@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.media_server import MediaServer, serving
 from tests.support import Daemon, RawClient, submit, wait_until
+from tests.test_cli_terminal import Terminal
 
 FETCHER, MODEL = "whisperd.fetch.fetcher", "whisperd.model.main"
 
@@ -67,6 +69,10 @@ def test_a_download_goes_on_after_kill_9_of_helper_and_daemon(
         first, second = daemon.whisperctl("health").stdout.splitlines()
         assert first.startswith("starting · model ours is being downloaded (")
         assert second.startswith("downloading the model ours (")
+        terminal = Terminal(daemon.socket, "transcribe", str(recording()))
+        terminal.read_until("downloading the model ours (")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 130
         daemon.helpers(FETCHER)[0].kill()
         wait_until(lambda: len(server.parts) == 2, 20, "another helper asks for the rest")
         assert server.parts[1] > 2**20
@@ -124,7 +130,11 @@ def test_a_model_is_pulled_ahead_of_time_beside_the_one_that_works(
         assert event.keys() == {"id", "event", "done_bytes", "total_bytes"}
         assert event["total_bytes"] == len(server.content)
         assert client.call("stats")["lanes"]["weights"] == {"active": 1, "waiting": 0, "failed": 0}
+        terminal = Terminal(daemon.socket, "model", "pull", "ours")
+        terminal.read_until("ours [######")
         leaving.close()
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 130
         wait_until(lambda: not daemon.helpers(FETCHER), 10, "nobody waits for it any more")
         assert folder(daemon)["ours.pt.partial"] > 0
         server.go_on.set()
