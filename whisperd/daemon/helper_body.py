@@ -81,7 +81,12 @@ class UnitInstance:
     def start(self) -> None:
         # Connecting to a Unix socket is done or refused at once; systemd accepts it later.
         self.socket.setblocking(False)
-        self.socket.connect(os.fspath(self._address))
+        try:
+            self.socket.connect(os.fspath(self._address))
+        except OSError as error:
+            raise OSError(
+                f"{self._address}: {error.strerror}; is its socket unit started? systemctl start whisperd-fetch.socket"
+            ) from None
         uid = peer_uid(self.socket)
         # Whoever listens there is told what to fetch for whom, and what it answers is believed.
         if uid not in (0, os.geteuid()):
