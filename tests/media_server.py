@@ -25,8 +25,8 @@ class MediaServer:
     `/trickle/…` that rest at 800 kB a second until then · `/cut/…` the first half, as long as it has not been asked for
     the rest · `/always-cut/…` · `/whole/…` whatever part is asked for · `/status/404/…` · `/limited/7/…` 429 with that
     Retry-After · `/once-500/…` · `/redirect/HOST/…`. `asked` counts requests by path, `parts` says where each began.
-    `by_name` holds other recordings, `refused` names that are answered with a status, `slow` names that wait for
-    `go_on`.
+    `by_name` holds other recordings, `refused` names that are answered with a status (0: not at all), `slow` names
+    that wait for `go_on`.
     """
 
     def __init__(self, recording: Path, port: int = 0, *, tell: bool = False) -> None:
@@ -91,6 +91,9 @@ class MediaServer:
                 self._send(request, "slow" if name in self.slow else how, self.by_name.get(name, self.content))
 
     def _refuse(self, request: BaseHTTPRequestHandler, code: int, *headers: tuple[str, str]) -> None:
+        if code == 0:  # not a word
+            request.close_connection = True
+            return
         request.send_response(code)
         for name, value in (*headers, ("Content-Length", "0")):
             request.send_header(name, value)

@@ -156,6 +156,13 @@ def test_no_network_is_for_the_moment(case: Case) -> None:
     assert "check the network" in error.message
 
 
+def test_a_folder_that_cannot_be_written_is_not_the_networks_fault(case: Case) -> None:
+    case.partial.mkdir()
+    error = case.failure("")
+    assert (error.code, error.transient) == ("fetch_failed", False)
+    assert "cache folder" in error.message
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(case: Case) -> None:
     error = case.failure("", min_free_bytes=2**60)
     assert (error.code, error.transient) == ("storage_full", False)

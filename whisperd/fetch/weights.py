@@ -5,7 +5,6 @@ What has arrived stays under a temporary name, whoever dies meanwhile, and the n
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -224,10 +223,10 @@ def _explain(error: RequestError | OSError, url: str) -> FetchError:
     said = f"{url}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, CertificateVerifyError):
         return FetchError(ErrorCode.FETCH_FAILED, f"{said}: the certificate does not hold; check this machine's clock")
+    if isinstance(error, OSError):  # of files: what the network does, yt-dlp wraps
+        return FetchError(ErrorCode.FETCH_FAILED, f"{said}: look at the cache folder, and who owns it")
     if not isinstance(error, HTTPError):
-        local = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
-        advice = "check who owns the cache folder" if local else "check the network"
-        return FetchError(ErrorCode.FETCH_FAILED, f"{said}: {advice}", transient=not local)
+        return FetchError(ErrorCode.FETCH_FAILED, f"{said}: check the network", transient=True)
     match error.status:
         case 429:
             wait_s = retry_after_s(error.response.headers.get("Retry-After"), time.time())
