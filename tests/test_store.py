@@ -623,6 +623,16 @@ def test_a_call_that_is_wrong_fails_alone(threaded: Database, wrong: str) -> Non
     assert seen[3] == [(0,)]
 
 
+def test_the_log_stays_short_whatever_is_written(threaded: Database) -> None:
+    seen: list[Any] = []
+    threaded.call(lambda db: db.execute("CREATE TABLE big (x)") and None, seen.append)
+    for number in range(60):
+        threaded.call(lambda db: db.execute("INSERT INTO big VALUES (zeroblob(1000000))") and None, seen.append)
+        wait_until(lambda number=number: len(seen) == number + 2, 10)  # a commit each
+    assert seen == [None] * 61
+    assert threaded.path.with_name(f"{threaded.path.name}-wal").stat().st_size < 15e6
+
+
 def test_a_full_disk_refuses_what_writes_and_answers_what_reads(threaded: Database) -> None:
     seen: list[Any] = []
     threaded.call(lambda db: db.execute("CREATE TABLE t (x)") and "made", seen.append)

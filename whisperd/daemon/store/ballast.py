@@ -46,20 +46,28 @@ class Ballast:
             log.info("ballast made path=%s", self._path)
             self.missing = False
 
-    def drop(self) -> bool:
-        """Give the room to the database; return whether there was any."""
+    def give_to(self, path: Path) -> None:
+        """Drop it, and give half of its room to the end of a file; the other half is for whoever needs it first."""
         if self.missing or not self._size_bytes:
-            return False
-        log.warning("the disk is full: ballast dropped path=%s", self._path)
-        self.missing = True
-        return self._unlink()
+            return
+        self._drop()
+        with contextlib.suppress(OSError):  # somebody else was quicker
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, os.fstat(fd).st_size, self._size_bytes // 2)
+            finally:
+                os.close(fd)
 
     def drop_if_full(self, needed_bytes: int) -> None:
         """Drop it where less than `needed_bytes` are free: at the start, before anything is written."""
         with contextlib.suppress(OSError):  # a folder that cannot be read is the next caller's to tell
             if free_bytes(self._path.parent) < needed_bytes and self._path.exists():
-                self.missing = False
-                self.drop()
+                self._drop()
+
+    def _drop(self) -> None:
+        log.warning("the disk is full: ballast dropped path=%s", self._path)
+        self.missing = True
+        self._unlink()
 
     def _is_whole(self) -> bool:
         """Blocks are what counts: a file of the right length may be a hole."""
@@ -80,12 +88,9 @@ class Ballast:
         finally:
             os.close(fd)
 
-    def _unlink(self) -> bool:
-        try:
+    def _unlink(self) -> None:
+        with contextlib.suppress(OSError):  # not there; or a folder that cannot be written, which the database tells
             self._path.unlink()
-        except OSError:  # not there; or a folder that cannot be written, which the database will tell
-            return False
-        return True
 
 
 def free_bytes(folder: Path) -> int:

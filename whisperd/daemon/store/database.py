@@ -31,9 +31,11 @@ _STOP_S = 1.0  # what the last commits may take when the daemon stops
 # What a full disk looks like: the second where the write-ahead log's index has to grow.
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
 _NEEDED_TO_OPEN_BYTES = 2**20  # the log, its index, and what a start-up changes
-# Commits after which the log is folded into the database. By ourselves and not by SQLite's own habit, because that one
-# passes over errors: an fsync that failed would be tried again, and succeed with the pages already dropped.
-_CHECKPOINT_EVERY = 100
+# The log is folded into the database when it has about so many pages (of 4 KiB). By ourselves and not by SQLite's own
+# habit, because that one passes over errors: an fsync that failed would be tried again, and succeed with the pages
+# already dropped.
+_CHECKPOINT_PAGES = 1000
+_FIRST_CHECKPOINT, _MOST_COMMITS = 10, 100  # only a checkpoint tells how long the log was: the commits till then
 
 
 @dataclass(slots=True)
@@ -61,10 +63,12 @@ class Database:
         backups: int = 3,
     ) -> None:
         self.path = path
+        self._log_path = path.with_name(f"{path.name}-wal")
         self.ballast = ballast or Ballast(path.with_name("ballast"), 0)
         self.ballast.drop_if_full(_NEEDED_TO_OPEN_BYTES)
         self.connection = open_database(path, backups=backups)
         self._commits = 0  # since the last checkpoint
+        self._checkpoint_after = _FIRST_CHECKPOINT  # so many
         self._deliver = deliver
         self.failed = failed
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -141,7 +145,7 @@ class Database:
                 for call in batch:
                     self._deliver(lambda call=call: call.done(call.outcome))  # type: ignore[misc]
                 self._commits += 1
-                if self._commits >= _CHECKPOINT_EVERY:
+                if self._commits >= self._checkpoint_after:
                     self._checkpoint()
             except sqlite3.Error as error:
                 log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
@@ -189,18 +193,20 @@ class Database:
         return True
 
     def _make_room(self) -> None:
-        """Drop the ballast, and fold the log into the database: its own blocks can then be written again.
+        """Give the ballast's room to the log, at once: somebody may take every block that becomes free.
 
-        The second is what counts where somebody else is quicker and fills the dropped room.
+        Folded into the database the log is written from its beginning again, into blocks that it has.
         """
-        self.ballast.drop()
+        self.ballast.give_to(self._log_path)
         self._checkpoint()
 
     def _checkpoint(self) -> None:
         """Fold the log into the database. A full disk leaves it as it is; raises other `sqlite3.Error`."""
-        self._commits = 0
+        commits, self._commits = self._commits, 0
         try:
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            _, pages, _ = self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            expected = commits * _CHECKPOINT_PAGES // max(pages, 1)
+            self._checkpoint_after = max(1, min(expected, 2 * commits, _MOST_COMMITS))
         except sqlite3.OperationalError as error:
             if not self._means_full(error):
                 raise
@@ -209,8 +215,7 @@ class Database:
         """Under RLIMIT_FSIZE or a quota SQLite says what it also says of a broken disk: then a write of ours tells."""
         if error.sqlite_errorcode != sqlite3.SQLITE_IOERR_WRITE:
             return error.sqlite_errorcode in _FULL
-        log_path = self.path.with_name(f"{self.path.name}-wal")
-        return refuses_for_want_of_room(self.path.with_name("probe"), at_bytes=log_path.stat().st_size)
+        return refuses_for_want_of_room(self.path.with_name("probe"), at_bytes=self._log_path.stat().st_size)
 
     def _full(self) -> WhisperdError:
         return WhisperdError(
