@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,10 +32,9 @@ def server(tmp_path: Path) -> Iterator[MediaServer]:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(server: MediaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Everything a program brings along: nothing of this machine's, a short temporary folder."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
+def surroundings(server: MediaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Everything a program brings along, nothing of this machine's; its folder for temporary ones has a short path."""
+    folder = Path(tempfile.mkdtemp(prefix="wd-", dir="/tmp"))
     variables = {
         "HOME": str(tmp_path),
         "TMPDIR": str(folder),
@@ -47,7 +48,8 @@ def surroundings(server: MediaServer, tmp_path: Path, monkeypatch: pytest.Monkey
     for name, value in (environment(server) | variables).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("tempfile.tempdir", None)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def processes_below(folder: Path) -> list[psutil.Process]:

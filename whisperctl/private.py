@@ -21,7 +21,7 @@ from whisperctl.errors import DaemonUnreachable
 
 _START_S = 60.0  # the model is loaded after the start, so this is Python's own time and a busy machine's
 _STOP_S = 10.0
-_MAX_FOLDER_BYTES = 90  # a socket's path may have 107
+_MAX_FOLDER_BYTES = 100  # a socket's path may have 107
 # What systemd gave to the program is not meant for its daemon.
 _OF_THE_SERVICE = (
     *("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"),
