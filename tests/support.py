@@ -204,6 +204,7 @@ class Daemon:
         self.config_file = self.folder / "whisperd.toml"
         self.log_file = self.folder / "stderr"
         self.settings: dict[str, Any] = {"threads": 1} | settings
+        self.variables: dict[str, str] = {}  # beside the clean environment
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -215,7 +216,7 @@ class Daemon:
         """Return the clean environment of everything that is started for this daemon."""
         kept = {name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE") if name in os.environ}
         home = {"HOME": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder), "LANG": "C.UTF-8"}
-        return kept | home
+        return kept | home | self.variables
 
     def start(self, *arguments: str, wait: bool = True, ready: bool = False, timeout_s: float = 60) -> None:
         """Start it, and wait until its socket answers; with `ready` also until the model does."""

@@ -1,7 +1,8 @@
 """Make the spoken sample that ships with the package: `python tools/make_sample.py` (needs Debian's `flite`).
 
-It writes whisperd/assets/sample.flac (16 kHz mono) from whisperd/assets/sample.txt. `whisperctl selftest`, the demo and
-the tests use both; the text is one that tiny.en, the smallest model, gets right word for word. Run it only to change
+It writes whisperd/assets/sample.flac (16 kHz mono) from whisperd/assets/sample.txt, and the same samples decoded as
+sample/audio.pcm, which the model helper tries when its process died. `whisperctl selftest`, the demo and the tests use
+the others; the text is one that tiny.en, the smallest model, gets right word for word. Run it only to change
 the sample: another version of flite speaks a little differently.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import wave
 from pathlib import Path
 
 import av
@@ -30,6 +32,8 @@ def main() -> int:
             print("flite is not installed: apt-get install flite", file=sys.stderr)
             return 2
         encode_flac(wav, ASSETS / "sample.flac")
+        with wave.open(str(wav)) as speech:
+            (ASSETS / "sample" / "audio.pcm").write_bytes(speech.readframes(speech.getnframes()))
     print(f"wrote {ASSETS / 'sample.flac'}, {(ASSETS / 'sample.flac').stat().st_size} bytes")
     return 0
 

@@ -126,6 +126,19 @@ class Config:
         600.0, "Seconds without a step of the model (a token, an encoded window) until its process is replaced.", low=1
     )
 
+    suspect_windows: int = _setting(
+        4,
+        "Windows that a recording in whose presence the model's process died is worked on alone, before others are "
+        "again; four times as many after each further death.",
+        low=1,
+    )
+    sick_rest_s: float = _setting(
+        60.0,
+        "Seconds that the model rests when its process died of whisperd's own sample: the device is at fault then, "
+        "not a recording.",
+        low=0.01,
+    )
+
     # --- the queue ---
     capacity: int = _setting(1000, "How many jobs may wait; beyond it a submit is `queue_full`.", flag=True, low=2)
     interactive_capacity_share: float = _setting(

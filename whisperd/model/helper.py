@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import whisperd
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.journal import VoidJournal, fingerprint
@@ -23,13 +24,26 @@ from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
-from whisperd.protocol.helper_messages import Cancel, Failed, Finished, JournalVoid, ModelStatus, Prioritise, Transcribe
+from whisperd.protocol.helper_messages import (
+    Cancel,
+    Failed,
+    Finished,
+    HelperMessage,
+    JournalVoid,
+    ModelStatus,
+    Prioritise,
+    SampleTried,
+    Transcribe,
+    TrySample,
+)
 from whisperd.protocol.helpers import HelperLink
+from whisperd.protocol.options import parse_options
 
 log = logging.getLogger("whisperd.model")
 
 # The process ends with this when the GPU fails: after such an error every further call in it fails too.
 EXIT_DEVICE_FAILED = 70
+_ASSETS = Path(whisperd.__file__).parent / "assets"
 _MAX_TRANSCRIPT_BYTES = MAX_REPLY_BYTES - 64 * 1024  # the reply around it needs a little room
 
 
@@ -93,6 +107,8 @@ class ModelHelper:
                     self._begin(message)
                 case Cancel():
                     self._mark(message.run, message.generation, cancelled=True)
+                case TrySample():
+                    threading.Thread(target=self._try_sample, name="sample", daemon=True).start()
                 case Prioritise():
                     self._mark(message.run, message.generation, interactive=message.interactive)
                 case _:
@@ -133,6 +149,24 @@ class ModelHelper:
             os._exit(EXIT_DEVICE_FAILED)
         return f"model {self._settings.model!r} cannot be loaded: {type(error).__name__}: {error}"
 
+    def _try_sample(self) -> None:
+        order = Transcribe(
+            run=0,
+            generation=0,
+            folder="sample",
+            options=parse_options({"language": "en", "temperature": 0}),
+            interactive=True,
+            truncated=False,
+            journal=0,
+            told=0,
+        )
+        error = ""
+        try:
+            self._run(order, spool=_ASSETS, send=lambda message: None).transcribe()
+        except Exception as reason:
+            _, error = self._failure(order, reason)
+        self._link.send(SampleTried(error=error))
+
     def _begin(self, order: Transcribe) -> None:
         if self._engine is None or self._speech is None:
             self._link.send(
@@ -141,19 +175,24 @@ class ModelHelper:
                 )
             )
             return
-        run = Run(
+        run = self._run(order, spool=self._settings.spool, send=self._link.send)
+        with self._lock:
+            self._runs[order.run, order.generation] = run
+        threading.Thread(target=self._work, args=(run,), name=f"run-{order.run}", daemon=True).start()
+
+    def _run(self, order: Transcribe, *, spool: Path, send: Callable[[HelperMessage], None]) -> Run:
+        assert self._engine is not None, "a model is loaded"
+        assert self._speech is not None, "with it comes what listens"
+        return Run(
             order,
-            spool=self._settings.spool,
+            spool=spool,
             engine=self._engine,
             speech=self._speech,
             fast_windows=self._settings.fast_windows,
             mel_worker=self._mel_worker,
-            send=self._link.send,
+            send=send,
             on_step=self._link.step,
         )
-        with self._lock:
-            self._runs[order.run, order.generation] = run
-        threading.Thread(target=self._work, args=(run,), name=f"run-{order.run}", daemon=True).start()
 
     def _mark(
         self, number: int, generation: int, *, cancelled: bool | None = None, interactive: bool | None = None
@@ -185,14 +224,14 @@ class ModelHelper:
             log.warning("model: the journal is void run=%d reason=%s", order.run, error)
             answer = JournalVoid(run=order.run, generation=order.generation)
         except Exception as error:
-            code, message = self._failure(run, error)
+            code, message = self._failure(order, error)
             answer = Failed(run=order.run, generation=order.generation, code=code, message=message)
         with self._lock:
             del self._runs[order.run, order.generation]
             self._done_s += run.audio_s
         self._link.send(answer)
 
-    def _failure(self, run: Run, error: Exception) -> tuple[str, str]:
+    def _failure(self, order: Transcribe, error: Exception) -> tuple[str, str]:
         if isinstance(error, WhisperdError):
             return error.code, error.message
         if is_out_of_memory(error):
@@ -203,9 +242,9 @@ class ModelHelper:
                 "the model ran out of memory; try again with a smaller beam_size or best_of, "
                 "or when other programs have freed some",
             )
-        log.error("model: run failed run=%d", run.order.run, exc_info=error)
+        log.error("model: run failed run=%d", order.run, exc_info=error)
         if is_device_failure(error):
-            log.critical("model: the device failed, leaving run=%d", run.order.run)
+            log.critical("model: the device failed, leaving run=%d", order.run)
             os._exit(EXIT_DEVICE_FAILED)
         if isinstance(error, OSError):
             return ErrorCode.INTERNAL, f"the decoded audio cannot be read ({error.strerror or error}); submit it again"

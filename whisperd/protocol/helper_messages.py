@@ -176,6 +176,18 @@ class Prioritise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrySample:
+    """To the model helper: transcribe the sample that ships with whisperd, answer `SampleTried`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTried:
+    """From the model helper: `error` says what went wrong, and is empty when nothing did."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JournalEntry:
     """From the model helper: one answer of the model (a window, a language, word times), before what follows from it.
 
@@ -286,6 +298,8 @@ HelperMessage = (
     | FetchFailed
     | Transcribe
     | Prioritise
+    | TrySample
+    | SampleTried
     | JournalEntry
     | JournalVoid
     | Segments

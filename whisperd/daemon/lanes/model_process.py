@@ -19,7 +19,7 @@ from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.protocol.catalogue import CHECKPOINTS, Checkpoint
 from whisperd.protocol.errors import WhisperdError
-from whisperd.protocol.helper_messages import Heartbeat, HelperMessage, ModelStatus
+from whisperd.protocol.helper_messages import Heartbeat, HelperMessage, ModelStatus, SampleTried, TrySample
 
 log = logging.getLogger("whisperd.model")
 
@@ -29,9 +29,9 @@ _MAX_FAILED_LOADS = 3
 class ModelProcess:
     """One model helper after the other.
 
-    `on_status` is called when the status has changed, `on_message` for what the helper says of runs, and
-    `on_gone(died)` when it has ended; `died` is False where we ended it ourselves. `is_busy` says whether it has work:
-    then it must show progress.
+    `on_status` is called when the status has changed, `on_message` for what the helper says of runs, `on_gone(died)`
+    when it has ended; `died` is False where we ended it ourselves. `is_busy` says whether it has work: then it must
+    show progress. `on_sample(well)` tells how the sample went, after `try_sample`.
     """
 
     def __init__(
@@ -45,10 +45,15 @@ class ModelProcess:
         on_status: Callable[[], None],
         on_message: Callable[[HelperMessage], None],
         on_gone: Callable[[bool], None],
+        on_sample: Callable[[bool], None],
         is_busy: Callable[[], bool],
     ) -> None:
         self._loop, self._config, self._spool, self._env = loop, config, spool, env
         self._on_status, self._on_message, self._on_gone, self._is_busy = on_status, on_message, on_gone, is_busy
+        self._on_sample = on_sample
+        self._to_try = False  # the next process is ready only once it has got through the sample
+        self._loaded: ModelStatus | None = None  # it tries the sample; this is its status when it gets through
+        self._sick = ""  # why it did not
         self.helper: Helper | None = None
         self.status = self._no_status("unloaded")
         self._loading_overdue: Timer | None = None
@@ -128,6 +133,10 @@ class ModelProcess:
         self._ending = reason
         assert self.helper is not None
         self.helper.kill(reason)
+
+    def try_sample(self) -> None:
+        """Let the next process transcribe the shipped sample first: one that dies of that is no recording's fault."""
+        self._to_try = True
 
     def _arrived(self, error: WhisperdError | None) -> None:
         if error is None:
@@ -214,17 +223,33 @@ class ModelProcess:
             case ModelStatus():
                 if message.state == "ready":
                     self._failed_loads = 0
-                self._set_status(message)
+                if message.state == "ready" and self._to_try:
+                    log.info("model: the sample is tried pid=%d", helper.pid)
+                    self._loaded = message
+                    helper.send(TrySample())
+                else:
+                    self._set_status(message)
+            case SampleTried():
+                self._sample_tried(helper, message)
             case Heartbeat():
                 self._check_beat(message)
             case _:
                 self._on_message(message)
 
+    def _sample_tried(self, helper: Helper, tried: SampleTried) -> None:
+        if tried.error:
+            self._sick = tried.error
+            helper.kill(f"the sample failed: {tried.error}")
+        elif self._loaded is not None:
+            status, self._loaded, self._to_try = self._loaded, None, False
+            self._on_sample(True)
+            self._set_status(status)
+
     def _check_beat(self, heartbeat: Heartbeat) -> None:
         """A helper whose work stands still is dead, however well its heart beats."""
         self.gauges = heartbeat.gauges
         now = self._loop.time()
-        if heartbeat.beat != self._last_beat or not self._is_busy():
+        if heartbeat.beat != self._last_beat or not (self._is_busy() or self._loaded):
             self._last_beat, self._last_beat_at = heartbeat.beat, now
         elif now - self._last_beat_at > self._config.stall_timeout_s and self.helper is not None:
             self.helper.kill(f"no progress for {self._config.stall_timeout_s:g} s")
@@ -235,6 +260,7 @@ class ModelProcess:
         self.helper = None
         ours = bool(self._ending)
         was_ready = self.status.state == "ready"
+        at_the_sample, self._loaded = self._loaded is not None, None
         if not ours:
             self.crashes += 1
             log.error("model helper died reason=%s", reason.reason)
@@ -246,8 +272,25 @@ class ModelProcess:
             self.left()
         elif ours:
             self._spawn()
+        elif at_the_sample:
+            self._on_sample(False)
+            self._rest(self._sick or reason.reason)
         else:
             self._start_again_later(reason.reason, was_ready=was_ready)
+        self._sick = ""
+
+    def _rest(self, reason: str) -> None:
+        """The device is sick: work on nothing for a while, then try the sample again."""
+        rest_s = self._config.sick_rest_s
+        self._set_status(
+            self._no_status(
+                "failed",
+                f"its process died of whisperd's own sample ({reason}): the device, its driver or the memory is at "
+                f"fault, and no job is blamed; see the daemon's log and `nvidia-smi`. It is tried again after "
+                f"{rest_s:g} s, or with `whisperctl model load`",
+            )
+        )
+        self._restart = self._loop.call_later(rest_s, self._spawn_again)
 
     def _start_again_later(self, reason: str, *, was_ready: bool) -> None:
         self._failed_loads = 0 if was_ready else self._failed_loads + 1

@@ -13,7 +13,8 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.model_process import ModelProcess
-from whisperd.daemon.lanes.recording import Recorder, give_up
+from whisperd.daemon.lanes.recording import Recorder, give_up, record
+from whisperd.daemon.lanes.trials import Trials
 from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
@@ -48,6 +49,7 @@ class _Open:
     recorder: Recorder
     generation: int = 0  # 0: the start is not committed yet
     sent: bool = False
+    yields: bool = False  # it goes back to the queue, so that another can be alone
     closing: bool = False  # its last word has come, or its helper has gone: that is being committed
     overdue: Timer | None = field(default=None)
 
@@ -68,9 +70,11 @@ class ModelLane:
             on_status=self._status_changed,
             on_message=self._on_message,
             on_gone=self._on_gone,
+            on_sample=self._on_sample,
             is_busy=lambda: bool(self._open),
         )
         self._open: dict[int, _Open] = {}
+        self._trials = Trials(config.suspect_windows)
         self._told_of_arrival = ""
         self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
@@ -189,8 +193,13 @@ class ModelLane:
         self._idleness.look(keep_alive_s(self._config.keep_alive_s, self.process.status.device) if idle else None)
 
     def _give_out(self) -> None:
-        while (helper := self.process.ready) is not None and not self.paused:
-            waiting = self._ledger.board.waiting(self.candidates())
+        while (helper := self.process.ready) is not None and not self.paused and self._trials.accused is None:
+            candidates = self.candidates()
+            suspects = [run for run in candidates if self._trials.is_suspect(run.row)]
+            if suspects or self._on_trial():
+                self._try_alone(helper, suspects)
+                return
+            waiting = self._ledger.board.waiting(candidates)
             busy = dict.fromkeys(Priority, 0)
             for open_ in self._open.values():
                 busy[open_.priority] += 1
@@ -198,6 +207,24 @@ class ModelLane:
             if chosen is None:
                 return
             self._start(helper, chosen.id, chosen.priority)
+
+    def _on_trial(self) -> bool:
+        runs = self._ledger.board.runs
+        return any(run_id in runs and self._trials.is_suspect(runs[run_id].row) for run_id in self._open)
+
+    def _try_alone(self, helper: Helper, suspects: list[LiveRun]) -> None:
+        """Start one of the suspects once nothing else is open; who is not on trial makes room for it."""
+        if not self._open:
+            board = self._ledger.board
+            chosen = pick(board.waiting(suspects), board.turns, capacity=1, busy=dict.fromkeys(Priority, 0))
+            assert chosen is not None, "a free place and somebody who waits for it"
+            log.warning("model: run=%d is tried alone", chosen.id)
+            self._start(helper, chosen.id, chosen.priority)
+        elif not self._on_trial():
+            for run_id, open_ in self._open.items():
+                if open_.sent and not open_.closing and open_.overdue is None:
+                    open_.yields = True
+                    self._cancel(run_id, open_)
 
     def _is_idle(self) -> bool:
         return self.state == "ready" and not self._open and (self.paused or not self._work_waits())
@@ -244,7 +271,7 @@ class ModelLane:
         def then(change: Change) -> None:
             # A helper that has come meanwhile has not loaded the model, and may not be able to.
             if not change.runs or self.process.ready is not helper:
-                self._give_back(run_id, died=False)
+                self._give_back(run_id)
                 return
             row = change.runs[-1]
             open_.generation, open_.sent = row.starts, True
@@ -277,11 +304,11 @@ class ModelLane:
 
         self._ledger.commit(begin, then, failed)
 
-    def _give_back(self, run_id: int, *, died: bool) -> None:
+    def _give_back(self, run_id: int, *, suspect: bool = False) -> None:
         """Return a run to the queue, with all that the helper said of it; it counts as open until that is committed."""
         open_, store = self._open[run_id], self._ledger.store
         open_.closing = True
-        open_.recorder.end(lambda db, now: store.put_back(db, run_id, now, died=died))
+        open_.recorder.end(lambda db, now: store.put_back(db, run_id, now, suspect=suspect))
 
     def _tell_priority(self, run_id: int) -> None:
         open_ = self._open.get(run_id)
@@ -307,6 +334,8 @@ class ModelLane:
         open_.overdue = self._loop.call_later(self._config.cancel_grace_s, replace)
 
     def _close(self, run_id: int) -> None:
+        if run_id not in self._ledger.board.runs:
+            self._trials.forget(run_id)
         open_ = self._open.pop(run_id, None)
         if open_ is not None and open_.overdue is not None:
             open_.overdue.cancel()
@@ -330,6 +359,10 @@ class ModelLane:
                     self.process.helper.kill(f"sent an answer of {len(message.entry)} bytes for the journal")
                     return
                 open_.recorder.note(message.entry)
+                live = self._ledger.board.runs.get(run_id)
+                if live is not None and self._trials.answered(live.row):
+                    log.info("model: run=%d is no longer suspected", run_id)
+                    self.pump()
             case Segments():
                 open_.recorder.add(message.segments)
             case JournalVoid():
@@ -342,6 +375,9 @@ class ModelLane:
                 open_.closing = True
                 open_.recorder.end(lambda db, now: store.finish(db, run_id, transcript, now))
             case Failed(code=ErrorCode.CANCELLED):
+                if open_.yields and run_id in self._ledger.board.runs:
+                    self._give_back(run_id)
+                    return
                 self._close(run_id)
                 self.pump()
             case Failed():
@@ -373,12 +409,31 @@ class ModelLane:
                 self._ledger.watchers.publish_progress(job.id, payload)
 
     def _on_gone(self, died: bool) -> None:
-        """Return what the helper had to the queue."""
+        """Return what the helper had to the queue; if it died, all that was in it are suspects."""
         log.info("model helper gone open=%s", sorted(self._open))
+        present = [run_id for run_id, open_ in self._open.items() if open_.sent and not open_.closing]
+        if died and self._trials.died(present):
+            self.process.try_sample()
         for run_id, open_ in list(self._open.items()):
             if open_.closing or not open_.sent:
                 continue  # its end, or its start, is on the way to the disk and will settle it
             if run_id not in self._ledger.board.runs:
                 self._close(run_id)
             else:
-                self._give_back(run_id, died=died)
+                self._give_back(run_id, suspect=died)
+
+    def _on_sample(self, well: bool) -> None:
+        """The sample has shown whether the last death was the accused run's, or the device's."""
+        accused = self._trials.accused
+        if accused is None:
+            return
+        if not well:
+            self._trials.accused = None
+            return
+
+        def then(change: Change) -> None:
+            self._trials.accused = None
+            self.pump()
+
+        store = self._ledger.store
+        record(self._loop, self._ledger, accused, lambda db, now: store.count_death(db, accused, now), then)
