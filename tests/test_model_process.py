@@ -117,6 +117,8 @@ def settings(place: Path, model: str = "") -> dict[str, Any]:
         "dtype": "auto",
         "open_runs": 3,
         "fast_windows": 3,
+        "batch_windows": 2,
+        "device_memory_mb": 0,
     }
 
 
@@ -160,6 +162,7 @@ def test_a_run_from_order_to_transcript(helper: Helper) -> None:
         "truncated",
         "mode",
         "coverage",
+        "timing",
     }
     assert (transcript["language"], transcript["duration_s"], transcript["truncated"]) == ("en", 8.0, True)
     assert (transcript["model"], transcript["versions"]["whisperd"]) == ("micro", __version__)

@@ -102,10 +102,26 @@ class Config:
     threads: int = _setting(0, "CPU threads of the model; 0 takes all cores.", flag=True, low=0, high=1024)
     dtype: str = _setting(
         "auto",
-        "Number format of the model: `auto` is float16 on CUDA and float32 on a CPU.",
-        choices=("auto", "float32", "float16"),
+        "Number format of the model: `auto` is float16 on CUDA and float32 on a CPU. "
+        "`bfloat16` is faster on CPUs that have it (AMX, AVX-512 BF16), and changes a few words.",
+        choices=("auto", "float32", "float16", "bfloat16"),
     )
-    open_runs: int = _setting(4, "How many recordings the model works on at the same time.", low=1, high=256)
+    batch_windows: int = _setting(
+        0,
+        "How many windows (30 s each) of background work are decoded together; interactive work has one place more. "
+        "0: 8 on a CPU, 32 on CUDA, fewer where memory is short.",
+        low=0,
+        high=256,
+    )
+    device_memory_mb: int = _setting(
+        0, "On CUDA: how much of the GPU's memory the model's process may take, in MiB; 0 for all that is free.", low=0
+    )
+    open_runs: int = _setting(
+        0,
+        "How many recordings the model works on at the same time; 0: one more than windows are decoded together.",
+        low=0,
+        high=256,
+    )
     mode: str = _setting(
         "exact",
         "For submits that do not say: `exact` is openai-whisper's text, `fast` decodes windows beside each other.",

@@ -120,8 +120,10 @@ def _model(house: House) -> dict[str, Any]:
         "busy_s": gauges.get("busy_s", 0.0),
         "windows_per_s": _ratio(gauges, "windows", "busy_s"),
         "tokens_per_s": _ratio(gauges, "tokens", "busy_s"),
-        # One window at a time until the batching engine is there: a busy model is full.
-        "batch_occupancy": 1.0 if lane.active else 0.0,
+        "windows_reused": gauges.get("windows_reused", 0),
+        "steps": gauges.get("steps", 0),
+        "batch_windows": gauges.get("batch_windows"),
+        "batch_occupancy": gauges.get("batch_occupancy", 0.0),
         "device_used_bytes": gauges.get("device_used_bytes"),
         "device_total_bytes": gauges.get("device_total_bytes"),
     }

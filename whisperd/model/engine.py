@@ -20,22 +20,30 @@ from whisperd.model.batch.search import result_of, search_of
 from whisperd.model.batch.upstream import Aligner, Reading, language_of
 from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.loading import LoadedModel
+from whisperd.model.memory import free_bytes, windows_that_fit
 from whisperd.model.worker import Turn
 
-CPU_WINDOWS = 8  # beyond it a step of base takes longer by as much as it does more
-CUDA_WINDOWS = 32
-_ROWS_A_WINDOW = 5  # so many beams of every window fit beside each other
+# Beyond 8 rows a step on a CPU takes longer by as much as it does more.
+MOST_WINDOWS = {"cpu": 8, "cuda": 32}
+_ROWS_A_WINDOW = 5  # so many beams of every window step beside each other
 
 
 class Engine:
     """The loaded model and its threads. Methods are called from job threads and wait for their turn.
 
-    `windows` is how many windows of background work may be decoded at once, 0 the engine's own choice. `on_step` is
-    called between pieces of work. `release` takes the weights out of `model.whisper` once they are laid out anew.
+    `windows` is how many windows of background work may be decoded at once; 0: as many as the device is good for and
+    `memory_limit_mb` (of a GPU, 0 for none) leaves room for. `on_step` is called between pieces of work. `release`
+    takes the weights out of `model.whisper` once they are laid out anew.
     """
 
     def __init__(
-        self, model: LoadedModel, *, on_step: Callable[[], None], windows: int = 0, release: bool = False
+        self,
+        model: LoadedModel,
+        *,
+        on_step: Callable[[], None],
+        windows: int = 0,
+        memory_limit_mb: int = 0,
+        release: bool = False,
     ) -> None:
         self.model = model
         whisper, dims = model.whisper, model.whisper.dims
@@ -47,15 +55,21 @@ class Engine:
             on_step()
             if release:
                 release_weights(whisper)
-            limits = choose_limits(model, windows)
+            self.windows = windows or windows_that_fit(
+                free_bytes(model.device, limit_mb=memory_limit_mb),
+                window_bytes=self._decoder.window_bytes,
+                row_bytes=self._decoder.row_bytes,
+                most=MOST_WINDOWS[model.device.type],
+            )
             live: LiveRows[Request] = LiveRows(
                 self._decoder,
                 vocabulary=dims.n_vocab,
                 device=model.device,
-                windows=limits.windows + 1,
-                rows=limits.windows + 1,
+                # One more, for interactive work.
+                windows=self.windows + 1,
+                rows=self.windows + 1,
             )
-        self.windows = limits.windows
+        limits = Limits(windows=self.windows, rows=self.windows * _ROWS_A_WINDOW)
         self._aligner = Aligner(whisper)
         self._batcher = Batcher(encoder, live, kernels, limits, on_step=on_step)
         self.counters = self._batcher.counters
@@ -63,6 +77,20 @@ class Engine:
     def wake(self) -> None:
         """Make waiting runs look at their marks."""
         self._aligner.worker.wake()
+
+    def gauges(self) -> dict[str, float]:
+        """Return the numbers that `stats` shows of the engine."""
+        counters = self.counters
+        filled = counters.window_steps / (counters.steps * self.windows) if counters.steps else 0.0
+        return {
+            "windows": counters.windows,
+            "windows_reused": counters.reused,
+            "tokens": counters.tokens,
+            "steps": counters.steps,
+            "busy_s": counters.busy_s,
+            "batch_windows": self.windows,
+            "batch_occupancy": min(1.0, filled),  # an interactive window may be one more
+        }
 
     def decode(
         self, turn: Turn, kept: KeptWindows, window: Window, options: DecodingOptions, *, seed: int
@@ -79,6 +107,7 @@ class Engine:
         if result is None:
             request = Request(turn, window, task=task, search=lambda: search_of(task, seed))
             result = result_of(task, self._batcher.call(request))
+            turn.had_window(len(result.tokens))
             kept.remember(key, result)
         else:
             self.counters.reused += 1
@@ -106,12 +135,6 @@ class Engine:
 
         reading = self._batcher.call(Request(turn, window, use=use))
         return self._aligner.align(turn, reading, tokenizer, text_tokens, num_frames, **options)
-
-
-def choose_limits(model: LoadedModel, windows: int) -> Limits:
-    """Return how much may be live at once: what was asked for, else what the device is good for."""
-    wanted = windows or (CPU_WINDOWS if model.device.type == "cpu" else CUDA_WINDOWS)
-    return Limits(windows=wanted, rows=wanted * _ROWS_A_WINDOW)
 
 
 def release_weights(whisper: torch.nn.Module) -> None:

@@ -16,8 +16,8 @@ import whisperd
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.journal import VoidJournal, fingerprint
-from whisperd.model.loading import LoadedModel, load
-from whisperd.model.memory import is_out_of_memory
+from whisperd.model.loading import LoadedModel, choose_device, load
+from whisperd.model.memory import is_out_of_memory, limit_cuda
 from whisperd.model.run import Run
 from whisperd.model.software import describe
 from whisperd.model.speech import SpeechDetector
@@ -59,6 +59,8 @@ class Settings:
     dtype: str
     open_runs: int
     fast_windows: int
+    batch_windows: int
+    device_memory_mb: int
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -72,6 +74,8 @@ class Settings:
             dtype=values["dtype"],
             open_runs=values["open_runs"],
             fast_windows=values["fast_windows"],
+            batch_windows=values["batch_windows"],
+            device_memory_mb=values["device_memory_mb"],
         )
 
 
@@ -117,6 +121,7 @@ class ModelHelper:
     def _load(self) -> None:
         settings = self._settings
         try:
+            limit_cuda(choose_device(settings.device), settings.device_memory_mb)
             model = load(
                 settings.model,
                 cache_dir=settings.cache_dir,
@@ -126,7 +131,13 @@ class ModelHelper:
                 environ=os.environ,
             )
             identity = fingerprint(model)  # before the engine takes the weights apart
-            self._engine = Engine(model, on_step=self._link.step, release=True)
+            self._engine = Engine(
+                model,
+                on_step=self._link.step,
+                windows=settings.batch_windows,
+                memory_limit_mb=settings.device_memory_mb,
+                release=True,
+            )
             self._speech = SpeechDetector()
         except Exception as error:
             self._error = self._loading_error(error)
@@ -134,7 +145,7 @@ class ModelHelper:
             self._link.send(status("failed", name=settings.model, error=self._error))
             return
         log.info("model: ready model=%s device=%s dtype=%s", model.name, model.device, model.dtype_name)
-        self._link.send(ready(model, identity, capacity=settings.open_runs))
+        self._link.send(ready(model, identity, capacity=settings.open_runs or self._engine.windows + 1))
 
     def _loading_error(self, error: Exception) -> str:
         if isinstance(error, WhisperdError):
@@ -256,10 +267,8 @@ class ModelHelper:
         with self._lock:
             audio_s = self._done_s + sum(run.audio_s for run in self._runs.values())
         gauges: dict[str, Any] = self._software | {
-            "windows": self._engine.counters.windows,
-            "tokens": self._engine.counters.tokens,
             "audio_s": audio_s,
-            "busy_s": self._engine.counters.busy_s,
+            **self._engine.gauges(),
         }
         device = self._engine.model.device
         if device.type == "cuda":

@@ -100,11 +100,16 @@ def choose_device(setting: str) -> torch.device:
 
 
 def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """Return the type to compute in: float16 on CUDA and float32 on a CPU unless the setting says otherwise."""
+    """Return the type to compute in: float16 on CUDA and float32 on a CPU unless the setting says otherwise.
+
+    Raises `WhisperdError` (`model_unavailable`) for what a CPU cannot do.
+    """
     if device.type == "cpu":
-        if setting not in ("auto", "float32"):
-            raise unavailable(f"dtype {setting!r} needs a CUDA device; set dtype to auto or float32")
-        return torch.float32
+        if setting == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise unavailable("dtype 'bfloat16': this CPU does not compute in it; set dtype to auto or float32")
+        if setting == "float16":
+            raise unavailable("dtype 'float16' needs a CUDA device; set dtype to auto, float32 or bfloat16")
+        return torch.float32 if setting == "auto" else DTYPES[setting]
     return torch.float16 if setting == "auto" else DTYPES[setting]
 
 

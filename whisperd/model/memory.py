@@ -1,11 +1,45 @@
-"""Memory of the device: how much there is, and whether it was what ran out."""
+"""Memory of the device: how much may be taken, how many windows that is, and whether it was what ran out."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+
+_MB = 2**20
+_SHARE = 0.8  # of what is free: others come and go
+_WORKING_BYTES = 512 * _MB  # what one encoder block and the logits of all rows take for a moment
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True when memory of the device or of the machine ran out, and nothing worse happened."""
     # The CPU's allocator says it in words only.
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def limit_cuda(device: torch.device, limit_mb: int) -> None:
+    """Let this process take so much of a GPU at most (0: all of it); beyond it torch says out of memory."""
+    if device.type == "cuda" and limit_mb:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mb * _MB / total), device)
+
+
+def free_bytes(device: torch.device, *, limit_mb: int = 0) -> int:
+    """Return what may still be taken: of the GPU, within the limit, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        left = limit_mb * _MB - torch.cuda.memory_reserved(device)
+        return min(free, left) if limit_mb else free
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def windows_that_fit(free: int, *, window_bytes: int, row_bytes: int, most: int) -> int:
+    """Return how many windows may be decoded at once, besides one for interactive work: 1 to `most`.
+
+    Reckoned with two rows a window. More, for beams, are taken when they are wanted; want of memory is survived.
+    """
+    fitting = int((free * _SHARE - _WORKING_BYTES) // (window_bytes + 2 * row_bytes)) - 1
+    return max(1, min(most, fitting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from whisperd.model.loading import LoadedModel
 from whisperd.model.mel import FileMel
 from whisperd.model.proxy import ProxyModel
 from whisperd.model.speech import SpeechDetector, SpeechTrack, Stretch, speech_in
-from whisperd.model.transcript import Segment, Transcript, segment_of
+from whisperd.model.transcript import Segment, Timing, Transcript, segment_of
 from whisperd.model.worker import Turn, Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
@@ -79,6 +80,7 @@ class Run:
         Raises `WhisperdError`: `bad_request` for what this model cannot do, `cancelled`, or `internal`; `VoidJournal`
         when what an earlier start left is not of this work; and whatever torch raises.
         """
+        began = time.monotonic()
         loaded = self._engine.model
         check_options(self.order.options, loaded)
         mel = FileMel(
@@ -121,6 +123,9 @@ class Run:
             truncated=self.order.truncated,
             mode=self._mode,
             coverage=coverage_of(speech, texts_of(segments), asked_for=asked_for),
+            timing=Timing(
+                model_s=round(time.monotonic() - began, 3), windows=self.turn.windows, tokens=self.turn.tokens
+            ),
         )
 
     def _segments_of(self, upstream: Sequence[Mapping[str, Any]]) -> list[Segment]:

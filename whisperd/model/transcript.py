@@ -58,6 +58,15 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What the run's last start took: seconds from its order to its end, windows decoded in it, tokens in them."""
+
+    model_s: float
+    windows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
     """A whole transcript; `truncated` says that the audio ended early or had a broken stretch."""
 
@@ -69,6 +78,7 @@ class Transcript:
     truncated: bool
     mode: str
     coverage: Coverage
+    timing: Timing
 
     def to_wire(self) -> dict[str, Any]:
         """Return the Transcript map of the protocol."""
@@ -82,6 +92,7 @@ class Transcript:
             "truncated": self.truncated,
             "mode": self.mode,
             "coverage": self.coverage.to_wire(),
+            "timing": asdict(self.timing),
         }
 
 

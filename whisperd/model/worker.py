@@ -13,13 +13,25 @@ T = TypeVar("T")
 
 
 class Turn:
-    """What a run's pieces of work are served by. Both marks may change at any time, from any thread."""
+    """What a run's pieces of work are served by. Both marks may change at any time, from any thread.
 
-    __slots__ = ("cancelled", "interactive")
+    It also adds up what the run has had: windows, tokens.
+    """
+
+    __slots__ = ("_lock", "cancelled", "interactive", "tokens", "windows")
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.interactive = interactive
         self.cancelled = False
+        self.windows = 0
+        self.tokens = 0
+        self._lock = threading.Lock()  # a run in mode fast has several threads
+
+    def had_window(self, tokens: int) -> None:
+        """Count a window that was decoded for the run."""
+        with self._lock:
+            self.windows += 1
+            self.tokens += tokens
 
     def check(self) -> None:
         """Raise `WhisperdError` (`cancelled`) once the run has been cancelled."""

@@ -184,6 +184,8 @@ class ModelProcess:
                 "dtype": config.dtype,
                 "open_runs": config.open_runs,
                 "fast_windows": config.fast_windows,
+                "batch_windows": config.batch_windows,
+                "device_memory_mb": config.device_memory_mb,
             },
             nice=config.helper_nice,
             log_level=config.log_level,

@@ -31,7 +31,7 @@ class Counters:
     tokens: int = 0
     encoded: int = 0
     steps: int = 0
-    row_steps: int = 0  # rows that stepped, added up: row_steps / steps is how full the batch was
+    window_steps: int = 0  # windows that stepped, added up: window_steps / steps is how full the batch was
     busy_s: float = 0.0
 
 
@@ -198,7 +198,7 @@ class Batcher:
     def _step(self) -> None:
         counters = self.counters
         counters.steps += 1
-        counters.row_steps += self._live.count
+        counters.window_steps += len(self._live.owners)
         counters.tokens += self._live.count
         for request, outcome in self._live.step():
             self._ended(request, outcome)

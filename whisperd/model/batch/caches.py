@@ -24,11 +24,6 @@ class Cache:
         self.keys = [self._zeros(slots) for _ in range(layers)]
         self.values = [self._zeros(slots) for _ in range(layers)]
 
-    @staticmethod
-    def bytes_per_slot(*, layers: int, heads: int, length: int, width: int, dtype: torch.dtype) -> int:
-        """Return what one slot costs."""
-        return 2 * layers * heads * length * width * dtype.itemsize
-
     @property
     def length(self) -> int:
         return self._shape[1]

@@ -60,6 +60,16 @@ class Decoder:
         self._logits = kernels.linear(self._padded_embeddings(), None, rows=_ROWS)
         self._blocks = [_pack(block, kernels, audio_positions) for block in decoder.blocks]
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row costs."""
+        return self._bytes(len(self._positions))
+
+    @property
+    def window_bytes(self) -> int:
+        """What a window costs, besides its rows."""
+        return self._bytes(self._audio_positions)
+
     def row_cache(self, slots: int) -> Cache:
         """Return a cache for what rows have said."""
         return self._cache(len(self._positions), slots)
@@ -188,6 +198,9 @@ class Decoder:
             dtype=self._kernels.stream,
             device=self._kernels.device,
         )
+
+    def _bytes(self, length: int) -> int:
+        return 2 * len(self._blocks) * length * self.width * self._kernels.stream.itemsize
 
     def _padded_embeddings(self) -> Tensor:
         if self._kernels.device.type == "cpu":

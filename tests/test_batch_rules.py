@@ -1,0 +1,184 @@
+"""Rules and searches for many rows at once choose what openai-whisper's own filters and decoders choose.
+
+They run on random logits here, so that every rule has its say; what they do on speech, the tests of runs show.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from whisper.decoding import DecodingOptions, DecodingTask
+from whisper.model import Whisper
+
+from tests import models
+from whisperd.model.batch.decoder import Decoder
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.rows import LiveRows
+from whisperd.model.batch.rules import Times, apply_rules, rules_of
+from whisperd.model.batch.search import Outcome, result_of, search_of
+
+CPU = torch.device("cpu")
+SOME_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"suppress_tokens": ""},
+    {"suppress_tokens": "5,6,50256", "suppress_blank": False},
+    {"max_initial_timestamp": None, "prompt": [400, 401, 402]},
+    {"without_timestamps": True},
+]
+
+
+@pytest.fixture(scope="module")
+def micro() -> Whisper:
+    torch.set_num_threads(1)
+    return Whisper(models.MICRO)
+
+
+def task_of(model: Whisper, **options: Any) -> DecodingTask:
+    return DecodingTask(model, DecodingOptions(language="en", fp16=False, **options))
+
+
+def random_logits(generator: torch.Generator, rows: int, time_begin: int) -> torch.Tensor:
+    """Return logits whose timestamps are about as likely as their text."""
+    logits = torch.randn(rows, models.MICRO.n_vocab, generator=generator) * 3
+    logits[:, time_begin:] += torch.randn(rows, 1, generator=generator) * 4 + 3
+    return logits
+
+
+def test_rules_forbid_what_upstreams_filters_forbid(micro: Whisper) -> None:
+    """Rows with different options and pasts, side by side: word, time, and pairs of them, in all orders."""
+    generator, chance = torch.Generator().manual_seed(3), random.Random(3)
+    tasks = [task_of(micro, **options) for options in SOME_OPTIONS]
+    rules = [rules_of(task, vocabulary=models.MICRO.n_vocab, device=CPU) for task in tasks]
+    begin = tasks[0].tokenizer.timestamp_begin
+    seen = set()
+    for length in (0, 1, 2, 3, 4, 5, 6) * 2:
+        pasts = [past(chance, length, begin) for _ in tasks]
+        logits = random_logits(generator, len(tasks), begin)
+        theirs = []
+        for row, (task, said) in enumerate(zip(tasks, pasts, strict=True)):
+            each = logits[row : row + 1].clone()
+            for logit_filter in task.logit_filters:
+                logit_filter.apply(each, torch.tensor([[*task.initial_tokens, *said]]))
+            theirs.append(each[0])
+        times = [times_of(said, begin) for said in pasts]
+        filtered = apply_rules(logits, rules, times, first=length == 0)
+        ours = filtered.log_probabilities(range(len(tasks)))
+        wanted = torch.stack(theirs).log_softmax(-1)
+        assert torch.equal(ours.isneginf(), wanted.isneginf()), pasts
+        assert torch.allclose(ours[~ours.isneginf()], wanted[~wanted.isneginf()], atol=1e-4)
+        tokens, scores = filtered.best()
+        assert tokens.tolist() == wanted.argmax(-1).tolist()
+        assert torch.allclose(scores, wanted.max(-1).values, atol=1e-4)
+        seen |= {(time.no_text, time.no_time) for time in times}
+        seen |= set(filtered.only_time.tolist())
+    assert seen >= {(False, False), (True, False), (False, True), True, False}
+
+
+def past(chance: random.Random, length: int, begin: int) -> list[int]:
+    times = sorted(chance.randrange(0, 1500) for _ in range(length))
+    return [begin + times[n] if chance.random() < 0.6 else chance.randrange(300, 40_000) for n in range(length)]
+
+
+def times_of(said: list[int], begin: int) -> Times:
+    times = Times()
+    for n, token in enumerate(said):
+        times = times.after(token, first=n == 0, time_begin=begin)
+    return times
+
+
+# --- searches ---
+
+
+@pytest.fixture(scope="module")
+def babbler() -> Whisper:
+    """A model of random weights: what it says depends on the audio and on every token before, and it ends at times."""
+    torch.manual_seed(1)
+    model = Whisper(models.MICRO)
+    model.decoder.positional_embedding.data = torch.randn(models.MICRO.n_text_ctx, models.MICRO.n_text_state)
+    for block in model.decoder.blocks:
+        block.cross_attn.out.weight.data *= 8
+    model.decoder.token_embedding.weight.data *= 0.3
+    tokenizer = task_of(model).tokenizer
+    model.decoder.token_embedding.weight.data[tokenizer.timestamp_begin :] *= 1.2
+    model.decoder.token_embedding.weight.data[tokenizer.eot] *= 5
+    return model.eval()
+
+
+JOBS: list[dict[str, Any]] = [
+    {},
+    {"prompt": [500, 501, 502, 503, 504]},
+    {"beam_size": 3},
+    {"beam_size": 5, "patience": 2.0, "prompt": [7000] * 30},
+    {"beam_size": 4, "patience": 0.5, "length_penalty": 0.4},
+    {"sample_len": 3},
+    {"beam_size": 2, "sample_len": 4},
+    {"suppress_tokens": "", "suppress_blank": False},
+]
+
+
+def live_rows(model: Whisper) -> LiveRows[int]:
+    dims = model.dims
+    decoder = Decoder(
+        model.decoder, Kernels(CPU, torch.float32), heads=dims.n_text_head, audio_positions=dims.n_audio_ctx
+    )
+    return LiveRows(decoder, vocabulary=dims.n_vocab, device=CPU, windows=1, rows=1)
+
+
+@torch.inference_mode()
+def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(babbler: Whisper) -> None:
+    """Windows of different kinds come and go while others are on their way; each says what it would have said alone."""
+    live = live_rows(babbler)
+    tasks = {n: task_of(babbler, **{"sample_len": 40} | JOBS[n % len(JOBS)]) for n in range(2 * len(JOBS))}
+    features = torch.randn(len(tasks), 1, models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    waiting, found, together = list(tasks), dict[int, Outcome](), set()
+    random.Random(5).shuffle(waiting)
+    while waiting or live.count:
+        while waiting and len(live.owners) < 5:
+            owner = waiting.pop()
+            outcome = live.begin(owner, tasks[owner], search_of(tasks[owner], 0), features[owner, 0])
+            if outcome is not None:
+                found[owner] = outcome
+        together.add(live.count)
+        found |= dict(live.step()) if live.count else {}
+    assert max(together) > 8
+    said = set()
+    for owner, task in tasks.items():
+        wanted = DecodingTask(babbler, task.options).run(features[owner])[0]
+        result = result_of(task, found[owner])
+        assert (result.tokens, result.text) == (wanted.tokens, wanted.text), task.options
+        assert result.avg_logprob == pytest.approx(wanted.avg_logprob, abs=1e-4)
+        assert result.no_speech_prob == pytest.approx(wanted.no_speech_prob, abs=1e-6)
+        said.add(tuple(result.tokens))
+    assert len(said) > len(tasks) / 2, "a model that says the same to everybody shows nothing"
+    assert len({len(each) for each in said}) > 4, "some end early"
+
+
+@torch.inference_mode()
+def test_what_is_drawn_is_drawn_as_often_as_it_is_likely(babbler: Whisper) -> None:
+    task = task_of(babbler, temperature=0.7, best_of=20, sample_len=1)
+    live, features = live_rows(babbler), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    drawn, sums = Counter[int](), dict[int, float]()
+    for seed in range(100):
+        outcome = live.begin(seed, task, search_of(task, seed), features)
+        assert outcome is not None
+        for (token,), score in outcome.candidates:
+            drawn[token] += 1
+            sums[token] = score
+    # Probabilities at temperature 0.7, from the scores, which are those at 1.
+    warm = {token: math.exp(score / 0.7) for token, score in sums.items()}
+    rest = 0.0
+    for token, weight in warm.items():
+        expected = 2000 * weight / sum(warm.values())
+        if expected < 20:
+            rest += expected
+        else:
+            assert abs(drawn[token] - expected) < 5 * expected**0.5, token
+    assert rest < 1000, "hardly anything was compared"
+    again = live.begin(0, task, search_of(task, 7), features)
+    assert again == live.begin(0, task, search_of(task, 7), features)
+    assert again != live.begin(0, task, search_of(task, 8), features)
