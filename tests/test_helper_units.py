@@ -134,13 +134,15 @@ def test_each_download_has_a_process_of_its_own(tmp_path: Path) -> None:
         running_daemon(model="/nowhere/model.pt", fetch_socket=str(path), **settings) as daemon,
         daemon.client() as client,
     ):
+        assert client.call("stats", inspect=True)["lanes"]["fetch"]["yt_dlp"]
+        wait_until(lambda: units.started and not units.alive, 10, "one that was only asked for its version goes")
+        units.started.clear()
         jobs = [client.call("submit", source={"kind": "url", "url": web.url(f"{n}.wav")})["job"]["id"] for n in (1, 2)]
         for job in jobs:
             fetched = lambda job=job: client.call("result", job=job)["job"]["state"] == "queued"  # noqa: E731
             wait_until(fetched, 30, "it is downloaded, and waits for a model")
         assert len(units.started) == 2
         wait_until(lambda: not units.alive, 10, "they end with their work")
-        assert client.call("stats")["lanes"]["fetch"]["yt_dlp"], "also one that lives for a moment tells its version"
         assert not any((daemon.state_dir / "downloads").iterdir())
 
 

@@ -213,6 +213,8 @@ class Pool:
             if message.gauges:  # one that has just begun does not know them yet
                 self.gauges = message.gauges
                 self._satisfy_curious()
+                if worker is not None and worker.task is None:
+                    self._release(worker)
             return
         if worker is None or worker.task is None:
             return
@@ -226,11 +228,15 @@ class Pool:
             return
         worker.task = None
         self._clear_timer(worker)
-        if self._address is not None:
-            worker.spent = True
-            helper.close()
+        self._release(worker)
         task.done(message)
         self._freed()
+
+    def _release(self, worker: _Worker) -> None:
+        """A helper without work: one of ours waits for more, an instance of a unit goes."""
+        if self._address is not None:
+            worker.spent = True
+            worker.helper.close()
 
     def _on_exit(self, helper: Helper, reason: ExitReason) -> None:
         worker = self._worker(helper)
