@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def attempts(port: int, daemon: int, writable: str) -> dict[str, Callable[[], ob
         "read the daemon's memory": read(f"/proc/{daemon}/environ"),
         "connect to loopback": lambda: connect(socket.AF_INET, ("127.0.0.1", port)),
         "connect to loopback by IPv6": lambda: connect(socket.AF_INET6, ("::1", port)),
+        "reach the name server": lambda: connect(socket.AF_INET, ("127.0.0.53", port)),
         "listen on a port": lambda: socket.create_server(("0.0.0.0", 0)).close(),
         "sniff the network": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
         "ask the daemon": lambda: connect(socket.AF_UNIX, "/run/whisperd/whisperd.sock"),
@@ -79,7 +81,7 @@ def attempts(port: int, daemon: int, writable: str) -> dict[str, Callable[[], ob
         "make a namespace": lambda: libc("unshare", CLONE_NEWUSER),
         "become root": lambda: os.setuid(0),
         "make a setuid file": lambda: setuid_file(writable),
-        "change the clock": lambda: os_clock(),
+        "change the clock": change_clock,
         "change the host's name": lambda: socket.sethostname("evil"),
         "load a module": lambda: libc("syscall", 313, 0, b"", 0),
         "read the kernel's log": lambda: libc("klogctl", 3, ctypes.create_string_buffer(100), 100),
@@ -88,9 +90,7 @@ def attempts(port: int, daemon: int, writable: str) -> dict[str, Callable[[], ob
     }
 
 
-def os_clock() -> None:
-    import time
-
+def change_clock() -> None:
     time.clock_settime(time.CLOCK_REALTIME, time.time())
 
 
