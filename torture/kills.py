@@ -8,11 +8,12 @@ import signal
 import tempfile
 import time
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +28,13 @@ from torture.report import Report
 _LENGTHS_S = (1, 2, 3, 5, 20, 40, 65)
 _DISK = "128m"
 # Deaths are tried again at once, and nothing waits long: more happens in a minute.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "helper_backoff_s": 0.02,
     "helper_backoff_max_s": 0.2,
     "heartbeat_timeout_s": 5,
     "copy_timeout_s": 5,
     "decode_timeout_s": 5,
+    "stall_timeout_s": 10,
     "cancel_grace_s": 0.5,
     "min_free_bytes": 2 * 2**20,
     "max_audio_s": 600,
@@ -59,8 +61,8 @@ def torture(plan: Plan) -> Report:
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
         model = micro_checkpoint(folder)
-        recordings = _write_recordings(folder, Random(f"{plan.seed}:recordings"))
-        tokens = _undisturbed(model, recordings)
+        recordings = write_recordings(folder, Random(f"{plan.seed}:recordings"))
+        tokens = undisturbed(model, recordings)
         disk = _DISK if os.geteuid() == 0 else None
         with victim(report, disk=disk, model=str(model), **SETTINGS) as target:
             _run(plan, target, Book(tokens), report)
@@ -70,10 +72,10 @@ def torture(plan: Plan) -> Report:
     return report
 
 
-def _write_recordings(folder: Path, random: Random) -> list[Path]:
-    """Noise by the seed: the same seed has the same tokens."""
+def write_recordings(folder: Path, random: Random, lengths_s: Sequence[int] = _LENGTHS_S) -> list[Path]:
+    """Write noise by the seed, which has the same tokens each time; return the paths."""
     paths = []
-    for number, seconds in enumerate(_LENGTHS_S):
+    for number, seconds in enumerate(lengths_s):
         samples = np.random.default_rng(random.getrandbits(32)).integers(-3000, 3000, seconds * 16_000, dtype=np.int16)
         paths.append(folder / f"noise-{number}.wav")
         with wave.open(str(paths[-1]), "wb") as file:
@@ -84,7 +86,7 @@ def _write_recordings(folder: Path, random: Random) -> list[Path]:
     return paths
 
 
-def _undisturbed(model: Path, recordings: list[Path]) -> Mapping[Path, list[list[int]]]:
+def undisturbed(model: Path, recordings: list[Path]) -> Mapping[Path, list[list[int]]]:
     """Return the tokens of each recording from a daemon that nobody harms."""
     with running_daemon(model=str(model), ready=True) as daemon, daemon.client() as client:
         jobs = {path: client.submit(path, options=PLAIN_OPTIONS)["id"] for path in recordings}
