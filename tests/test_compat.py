@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MediaServer]:
 def daemon(micro: Path, server: MediaServer) -> Iterator[VideoDaemon]:
     daemon = VideoDaemon(server, model=str(micro))
     try:
-        daemon.start(ready=True)
+        daemon.start(ready=True, timeout_s=120)
         yield daemon
     finally:
         daemon.close()
@@ -61,7 +61,7 @@ def jobs_of(client: Client, video: str) -> list[Any]:
 
 
 def until_text(api: WhisperAPIClient, video: str) -> str:
-    text: str = wait_until(lambda: api.transcribe_video_async(video), 60, "the text is there")
+    text: str = wait_until(lambda: api.transcribe_video_async(video), 120, "the text is there")
     return text
 
 
@@ -95,13 +95,13 @@ def test_many_threads_and_clients_queue_a_video_once(
     def ask(number: int) -> str | None:
         start.wait(30)
         mine = [api, *others][number % 4]
-        return mine.transcribe_video_sync(video, 60) if number % 3 else mine.transcribe_video_async(video)
+        return mine.transcribe_video_sync(video, 120) if number % 3 else mine.transcribe_video_async(video)
 
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(ask, number) for number in range(12)]
         wait_until(lambda: len(jobs_of(client, video)) == 2)
         server.go_on.set()
-        texts = {future.result(60) for future in asked}
+        texts = {future.result(120) for future in asked}
     for each in others:
         each.close()
     assert texts - {None} == {until_text(api, video)}
@@ -122,12 +122,12 @@ def test_a_failed_video_raises_with_its_reason_and_is_tried_anew(
             return error
         return None
 
-    error = wait_until(fails, 60, "it has failed")
+    error = wait_until(fails, 120, "it has failed")
     assert error.code == "fetch_unavailable"
     assert len(jobs_of(client, video)) == 1
-    assert wait_until(fails, 60, "tried anew, it has failed again").job.id != error.job.id
+    assert wait_until(fails, 120, "tried anew, it has failed again").job.id != error.job.id
     del server.refused[f"{video}.wav"]
-    assert wait_until(lambda: getattr(api, ask)(video), 60)
+    assert wait_until(lambda: getattr(api, ask)(video), 120)
     assert len(jobs_of(client, video)) == 3
 
 
@@ -196,7 +196,7 @@ def test_a_restart_of_the_daemon_is_survived(
         daemon.kill()
         server.go_on.set()
         daemon.start()
-        assert waiting.result(60) == until_text(api, video) != ""
+        assert waiting.result(120) == until_text(api, video) != ""
         with Client(daemon.socket) as client:
             assert len(jobs_of(client, video)) == 2
 

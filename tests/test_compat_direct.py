@@ -69,7 +69,7 @@ def test_it_transcribes_and_leaves_nothing(micro: Path, surroundings: Path, serv
             (daemon,) = processes_below(folder)
             daemon.kill()
             server.go_on.set()
-            assert waiting.result(60) == text, "started again under one who waits: the same audio"
+            assert waiting.result(120) == text, "started again under one who waits: the same audio"
         server.refused["00000000000.wav"] = 404
         with pytest.raises(JobFailed, match="404"):
             transcriber.transcribe_video("00000000000")
