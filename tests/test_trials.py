@@ -71,6 +71,6 @@ def test_a_trial_that_was_cut_off_begins_anew() -> None:
 
 def test_only_who_was_alone_is_accused() -> None:
     trials = Trials(4)
-    for present, accused in (([1, 2], None), ([], None), ([7], 7)):
+    for present, accused in (([1, 2], None), ([], None), ([7], 7), ([], 7), ([1, 7], None)):
         assert trials.died(present) == (accused is not None)
         assert trials.accused == accused

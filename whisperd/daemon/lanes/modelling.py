@@ -178,6 +178,8 @@ class ModelLane:
     def changed(self, change: Change) -> None:
         """Look at what a commit changed: stop runs that ended, tell changed priorities, start what came."""
         for run in change.runs:
+            if run.state.ended:
+                self._trials.forget(run.id)
             if run.state.ended and (open_ := self._open.get(run.id)) is not None and not open_.closing:
                 self._cancel(run.id, open_)
         for run_id in {job.run_id for job in change.jobs}:
@@ -334,8 +336,6 @@ class ModelLane:
         open_.overdue = self._loop.call_later(self._config.cancel_grace_s, replace)
 
     def _close(self, run_id: int) -> None:
-        if run_id not in self._ledger.board.runs:
-            self._trials.forget(run_id)
         open_ = self._open.pop(run_id, None)
         if open_ is not None and open_.overdue is not None:
             open_.overdue.cancel()

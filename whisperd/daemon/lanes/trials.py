@@ -46,7 +46,8 @@ class Trials:
         """The process died with these runs in it. True when there is one to accuse."""
         for run_id in present:
             self.forget(run_id)
-        self.accused = next(iter(present)) if len(present) == 1 else None
+        if present:  # else it died while it loaded, or of the sample: what was before that stands
+            self.accused = next(iter(present)) if len(present) == 1 else None
         return self.accused is not None
 
     def forget(self, run_id: int) -> None:
