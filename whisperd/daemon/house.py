@@ -190,15 +190,14 @@ class House:
         self.modelling.stop()
 
     def when_helpers_left(self, then: Callable[[], object]) -> None:
-        """After `stop`: call `then` once every helper process has ended."""
+        """After `stop`: call `then` once every helper process has ended and what it worked on is back in the queue."""
         pools = [lane.pool for lane in (self.copying, self.receiving, self.fetching, self.weights, self.decoding)]
-        model = self.modelling.process
 
         def look() -> None:
-            if model.helper is None and not any(pool.helpers for pool in pools):
+            if self.modelling.helper is None and not self.modelling.active and not any(pool.helpers for pool in pools):
                 then()
 
-        model.left = look
+        self.modelling.left = look
         for pool in pools:
             pool.left = look
         look()

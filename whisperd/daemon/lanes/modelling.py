@@ -81,6 +81,8 @@ class ModelLane:
         self._freed = False  # the pause has unloaded the model, so `resume` loads it
         self.failed = 0
         self.status_changed: Callable[[], None] = lambda: None
+        self.left: Callable[[], None] = lambda: None  # the process has gone, or a run is settled, while all stops
+        self.process.left = lambda: self.left()
 
     # -- what others read ----------------------------------------------------------------------------------------
 
@@ -279,7 +281,7 @@ class ModelLane:
             open_.generation, open_.sent = row.starts, True
             live = self._ledger.board.runs.get(run_id)
             if live is None:  # cancelled while the start was being committed
-                self._open.pop(run_id, None)
+                self._close(run_id)
                 return
             live.phase, live.done, live.total = "transcribing", 0.0, row.audio_s or 0.0
             open_.priority = self._ledger.board.priority(run_id)  # another job may have joined or left meanwhile
@@ -301,7 +303,7 @@ class ModelLane:
                 give_up(self._loop, self._ledger, run_id, error, lambda change: self._recorded(run_id))
                 return
             # Nothing has changed, the run waits on. The next commit or the next second tries again.
-            self._open.pop(run_id, None)
+            self._close(run_id)
             self._loop.call_later(1.0, self.pump)
 
         self._ledger.commit(begin, then, failed)
@@ -339,6 +341,7 @@ class ModelLane:
         open_ = self._open.pop(run_id, None)
         if open_ is not None and open_.overdue is not None:
             open_.overdue.cancel()
+        self.left()
 
     # -- what the helper says --------------------------------------------------------------------------------------
 
