@@ -193,6 +193,7 @@ def test_the_journal_reads_like_a_story(machine: Machine) -> None:
     entries = machine.journal("-u", "whisperd", "-t", "whisperd")
     lines = [str(entry["MESSAGE"]) for entry in entries]
     assert not [line for line in lines if line.startswith("<")], "prefixes become priorities"
+    assert not [line for line in lines if "beside clients' files" in line], "the unit lets the spawner be apart"
     started = next(entry for entry in entries if str(entry["MESSAGE"]).startswith("started version="))
     assert started["PRIORITY"] == "6"
     warned = [entry for entry in entries if str(entry["MESSAGE"]).startswith("helper killed")]
