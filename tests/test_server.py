@@ -28,6 +28,7 @@ from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.listener import Listener, SocketTakenError, open_listener
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.server import Peer, Server
+from whisperd.daemon.user_budget import SLICE
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import Raw, encode_body, encode_frame
 from whisperd.protocol.messages import Request
@@ -378,6 +379,36 @@ def test_too_many_connections_are_told_why(folder: Path, limits: dict[str, int],
 def test_who_is_unlimited_is_not_counted_per_user(folder: Path) -> None:
     with served(folder, connections_per_user=1, unlimited=lambda uid: True) as serve:
         assert [serve.client().call("hello")["op"] for _ in range(5)] == ["hello"] * 5
+
+
+@requires_root
+def test_a_crowd_of_one_user_lets_others_have_their_turn(folder: Path) -> None:
+    with served(folder) as serve:
+        folder.chmod(0o755)
+        (folder / "s").chmod(0o666)
+        crowd = [serve.client() for _ in range(50)]
+        os.seteuid(20_001)
+        try:
+            other = serve.client()
+        finally:
+            os.seteuid(0)
+        for client in (*crowd, other):
+            client.call("hello")
+        before = len(serve.requests)
+
+        def while_the_loop_stands_still() -> None:
+            for client in crowd:
+                for _ in range(40):
+                    client.send("hello")
+            other.send("hello")
+
+        serve.do(while_the_loop_stands_still)
+        wait_until(lambda: len(serve.requests) == before + 2001)
+        order = [peer for peer, _ in serve.requests[before:]]
+        assert [peer.uid for peer in order].index(20_001) <= SLICE + 16
+        # Within a user they take turns as well, two rounds at the most; one by one, the last begins at 1,960.
+        firsts = [order.index(peer) for peer in {peer.id: peer for peer in order}.values() if peer.uid == 0]
+        assert max(firsts) <= 2 * 50 * 16
 
 
 @requires_root

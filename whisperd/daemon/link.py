@@ -139,6 +139,7 @@ class Link:
         self.peer = Peer(peer_id, credentials, self)
         self._linger = False
         self._scheduled = False
+        self._in_line = False  # for the next slice of its user's
         self._blocked = False  # the kernel takes no more for now
         self._progress_at = 0.0
         self._send_timer: Timer | None = None
@@ -175,14 +176,26 @@ class Link:
     def _turn(self, events: int) -> None:
         if events & WRITE:
             self._blocked = False
-        if events & READ:
+        # What is not read now, epoll tells of again.
+        if events & READ and (not self._reads or self.budget.may_read()):
             self._read()
         if self._state is _State.OPEN:
-            for _ in range(_REQUESTS_A_TURN):
-                if not self.connection.step(self._dispatch):
-                    break
+            self._step()
         self._flush()
         self._settle()
+
+    def _step(self) -> None:
+        for _ in range(_REQUESTS_A_TURN):
+            if not self.connection.can_step:
+                return
+            if not self.budget.may_handle():
+                return
+            self.connection.step(self._dispatch)
+
+    def _run_in_line(self) -> None:
+        self._in_line = False
+        if self._state is not _State.CLOSED:
+            self._guarded(0)
 
     def _dispatch(self, request: Request, descriptors: list[int]) -> None:
         self._dispatch_to(self.peer, request, descriptors)
@@ -198,8 +211,9 @@ class Link:
             self._all_sent()
         if self._state is _State.CLOSED:
             return
-        if self.connection.can_step:
-            self._wake()
+        if self.connection.can_step and not self._in_line:
+            self._in_line = True
+            self.budget.line_up(self._run_in_line)
         reading = self._reads
         interest = (READ if reading else 0) | (WRITE if self.connection.output_bytes else 0)
         if interest != self._interest:

@@ -162,6 +162,7 @@ class Server:
             output_bytes=self.config.output_bytes_per_user,
             store_calls=self.config.store_calls_per_user,
             soon=self.loop.call_soon,
+            turn=lambda: self.loop.turns,
         )
 
     def _refusal(self, uid: int) -> WhisperdError | None:
