@@ -57,6 +57,10 @@ def test_a_download_has_a_unit_and_a_users_cookies(machine: Machine) -> None:
     already = started(machine)
     cookie = "127.0.0.1\tFALSE\t/\tFALSE\t0\tname\t{}\n"
     jar = "/etc/whisperd/cookies/ada.txt"
+    machine.run("rm", "--recursive", "/etc/whisperd/cookies")
+    with drop_in(machine, FETCH, LOOPBACK), web_server(machine) as web:
+        assert whisperctl(machine, "transcribe", f"{web}/none.wav", *PLAIN).strip(), "no folder is no cookies"
+    machine.run("install", "--directory", "--mode", "700", "/etc/whisperd/cookies")
     machine.write(jar, "# Netscape HTTP Cookie File\n" + cookie.format("ada"))
     machine.run("chmod", "600", jar)
     before = (machine.root / jar[1:]).read_bytes()
@@ -68,7 +72,7 @@ def test_a_download_has_a_unit_and_a_users_cookies(machine: Machine) -> None:
         assert not any("name=ada" in request for request in asked(machine, "/bob.wav"))
     assert (machine.root / jar[1:]).read_bytes() == before
     wait_until(lambda: not instances(machine), 10, "each ends with its work")
-    assert started(machine) - already == 2
+    assert started(machine) - already == 3
     assert not list((machine.root / "var/lib/whisperd/downloads").iterdir())
 
 
