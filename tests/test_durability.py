@@ -19,7 +19,7 @@ import pytest
 
 from tests.media_server import serving
 from tests.support import Daemon, RawClient, requires_program, running_daemon, submit, wait_until
-from tests.tracing import SystemCall, calls, traced
+from tests.tracing import SystemCall, calls, traced, wait_for_end
 
 NO_MODEL = "/nowhere/model.pt"
 
@@ -113,6 +113,14 @@ def check_spool(daemon: Daemon) -> None:
     wait_until(agree, message="folders and rows agree")
 
 
+def ended(daemon: Daemon) -> int:
+    """Return the exit code of a daemon that has ended."""
+    assert daemon.process is not None
+    code = daemon.process.wait(30)
+    daemon.process = None
+    return code
+
+
 def end_all(client: RawClient) -> None:
     """Cancel every job, and see that each tells its end once."""
     for job in client.call("jobs")["jobs"]:
@@ -196,9 +204,8 @@ def test_a_daemon_that_is_killed_at_a_step_keeps_what_it_acknowledged(
         with traced(daemon.pid, tmp_path / "trace", "-e", f"trace={call}", "-e", kill):
             with suppress(EOFError, OSError):
                 acknowledged = submit(client, path, key="at")
-            assert daemon.process is not None
-            assert daemon.process.wait(30) == -9
-            daemon.process = None
+            wait_for_end(daemon.pid)
+        assert ended(daemon) == -9
     assert not psutil.wait_procs(helpers, timeout=5)[1], "no helper outlives its daemon"
     daemon.start()
     with daemon.client() as client:
@@ -228,9 +235,8 @@ def test_a_daemon_that_is_killed_while_it_forgets_leaves_all_or_nothing(
         with traced(daemon.pid, tmp_path / "trace", "-e", f"trace={call}", "-e", kill):
             with suppress(EOFError, OSError):
                 client.call("forget", job=job["id"])
-            assert daemon.process is not None
-            assert daemon.process.wait(30) == -9
-            daemon.process = None
+            wait_for_end(daemon.pid)
+        assert ended(daemon) == -9
     daemon.start()
     with daemon.client() as client:
         check_spool(daemon)
@@ -247,9 +253,8 @@ def test_a_daemon_that_is_killed_after_a_transcript_was_stored_ends_its_job_once
         kill = "inject=unlink,unlinkat:signal=SIGKILL:when=1"
         with traced(daemon.pid, tmp_path / "trace", "-e", "trace=unlink,unlinkat", "-e", kill):
             job = submit(client, recording())
-            assert daemon.process is not None
-            assert daemon.process.wait(60) == -9
-            daemon.process = None
+            wait_for_end(daemon.pid)
+        assert ended(daemon) == -9
     daemon.start()
     with daemon.client() as client:
         answer = client.call("result", job=job["id"])
@@ -276,9 +281,8 @@ def test_a_daemon_that_is_killed_while_it_takes_a_download_over_downloads_anew(
                 with traced(daemon.pid, tmp_path / "trace", "-e", f"trace={call}", "-e", kill):
                     with suppress(EOFError, OSError):
                         client.call("resume")
-                    assert daemon.process is not None
-                    assert daemon.process.wait(60) == -9
-                    daemon.process = None
+                    wait_for_end(daemon.pid)
+                assert ended(daemon) == -9
         daemon.start()
         with daemon.client() as client:
             wait_until(lambda: [bool(job["audio_s"]) for job in client.call("jobs")["jobs"]] == [True] * 3)

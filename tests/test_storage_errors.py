@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import Daemon, error_of, requires_program, submit, wait_until
-from tests.tracing import traced
+from tests.tracing import traced, wait_for_end
 
 NO_MODEL = "/nowhere/model.pt"
 
@@ -75,7 +75,8 @@ def test_a_disk_that_fails_at_a_commit_ends_the_daemon_without_a_reply(
         with traced(daemon.pid, tmp_path / "trace", "-P", str(log), "-e", f"inject={call}:error=EIO"):
             with pytest.raises((EOFError, OSError)):
                 submit(client, path, key="at")
-            assert ended(daemon) == 1
+            wait_for_end(daemon.pid)
+    assert ended(daemon) == 1
     assert log.exists(), "who closes the database writes to that disk again"
     assert "storage failed" in daemon.log()
     daemon.start()
@@ -97,6 +98,7 @@ def test_a_disk_that_fails_when_the_log_is_folded_ends_the_daemon(
         with traced(daemon.pid, tmp_path / "trace", *inject), suppress(EOFError, OSError):
             for _ in range(1000):
                 client.call("jobs")
+            wait_for_end(daemon.pid)
     assert ended(daemon) == 1
     daemon.start()
     with daemon.client() as client:

@@ -40,7 +40,25 @@ def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None
         yield
     finally:
         tracer.send_signal(signal.SIGINT)
-        tracer.wait()
+        try:
+            tracer.wait(5)
+        except subprocess.TimeoutExpired:
+            # It can wait for ever for a process that ended with all its threads at once; and until it is gone, nobody
+            # else hears of that end.
+            tracer.kill()
+            tracer.wait()
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a traced process has ended. Its exit code is told only after `traced`."""
+    wait_until(lambda: _has_ended(pid), 60, f"the process {pid} ends")
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
 
 
 def _is_traced(task: Path) -> bool:
