@@ -23,7 +23,7 @@ MINUTE_S = 60
 @pytest.fixture(scope="module")
 def shared(micro: Path) -> Iterator[Daemon]:
     """One daemon for the tests that leave it as they found it."""
-    with running_daemon(model=str(micro), ready=True) as daemon:
+    with running_daemon(model=str(micro), open_runs=4, ready=True) as daemon:
         yield daemon
 
 
