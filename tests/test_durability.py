@@ -71,8 +71,10 @@ def test_nothing_is_said_before_it_is_on_the_disk(
             wait_until(lambda: len(rows(daemon, "SELECT 1 FROM runs WHERE decoded")) == 1)
         with traced(daemon.pid, tmp_path / "cancel", "-e", _TRACED):
             client.call("cancel", job=job["id"])
+            client.call("hello")  # its answer comes once the call that sent the other one has returned
         with traced(daemon.pid, tmp_path / "forget", "-e", _TRACED):
             client.call("forget", job=job["id"])
+            client.call("hello")
             wait_until(lambda: not folders(daemon))
         assert watcher.call("jobs")["jobs"] == []
     source = ["write", "fsync", "fsync of its folder", "rename", "fsync of the spool", "told"]
