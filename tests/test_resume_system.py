@@ -10,8 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.models import demo_folder, micro_checkpoint
 from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, wait_until
 
@@ -110,17 +108,23 @@ def unload(daemon: Daemon) -> None:
         client.call("model", action="load")
 
 
-CUTS: dict[str, Callable[[Daemon], None]] = {
-    "helper killed": kill_helper,
-    "daemon killed": kill_daemon,
-    "daemon stopped": stop_daemon,
-    "model unloaded": unload,
-}
+def stand_still(daemon: Daemon) -> None:
+    """The process is stopped already: wait until it is found silent and has been replaced."""
+    (model,) = daemon.helpers(MODEL)
+    wait_until(lambda: not model.is_running())
+
+
+CUTS = (kill_helper, unload, kill_daemon, stop_daemon, stand_still)
 
 
 def answered(daemon: Daemon, run: int) -> list[int]:
     """Return which calls of the model were answered for a run by computing, in all processes so far."""
     return [int(call) for call in re.findall(rf"answered run={run} call=(\d+)", daemon.log())]
+
+
+def words_of(transcript: dict[str, Any]) -> dict[str, Any]:
+    """Return what a transcript says, without how long its last start took."""
+    return {name: value for name, value in transcript.items() if name != "timing"}
 
 
 def check_whole(daemon: Daemon, follower: Follower, run: int, *, cuts: int) -> dict[str, Any]:
@@ -136,29 +140,25 @@ def check_whole(daemon: Daemon, follower: Follower, run: int, *, cuts: int) -> d
     return transcript
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
 def test_a_run_goes_on_where_it_was_cut_off(
-    start_daemon: Callable[..., Daemon],
-    micro: Path,
-    recording: Callable[..., Path],
-    cut: Callable[[Daemon], None],
+    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=str(micro), ready=True, log_level="debug", helper_backoff_s=0.01)
-    path = recording(240)
+    daemon = start_daemon(model=str(micro), ready=True, log_level="debug", helper_backoff_s=0.01, heartbeat_timeout_s=5)
+    path = recording(300)
     # Drawn above temperature 0: words that come out the same are no accident.
     options = PLAIN_OPTIONS | {"temperature": 1.0}
     with daemon.client() as client:
         follower = Follower(daemon, client.submit(path, options=options)["id"])
-    for _ in range(2):
+    for cut in CUTS:
         follower.until_it_speaks()
         settle(daemon)
         cut(daemon)
         follower.reconnect()
-    whole = check_whole(daemon, follower, 1, cuts=2)
+    whole = check_whole(daemon, follower, 1, cuts=len(CUTS))
     with daemon.client() as client:
         undisturbed = client.result(client.submit(path, options=options, fresh=True)["id"])["transcript"]
-    assert undisturbed == whole
-    assert len(answered(daemon, 1)) == len(answered(daemon, 2)) >= 8
+    assert words_of(undisturbed) == words_of(whole)
+    assert len(answered(daemon, 1)) == len(answered(daemon, 2)) >= 10
 
 
 @requires_program("flite")
@@ -179,49 +179,35 @@ def test_real_speech_goes_on_with_the_same_tokens_and_word_times(
     assert whole["duration_s"] > 60, "longer than two windows"
     with daemon.client() as client:
         undisturbed = client.result(client.submit(path, options=options, fresh=True)["id"])["transcript"]
-    assert undisturbed == whole
+    assert words_of(undisturbed) == words_of(whole)
 
 
 # --- when it may not go on ---
 
 
-def test_another_model_begins_anew_and_says_so(
+def test_another_model_and_an_unusable_journal_begin_anew_and_say_so(
     make_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path, recording: Callable[..., Path]
-) -> None:
-    daemon = make_daemon(model=str(micro), log_level="debug")
-    daemon.start(ready=True)
-    path = recording(240)
-    with daemon.client() as client:
-        follower = Follower(daemon, client.submit(path, options=PLAIN_OPTIONS)["id"])
-    follower.until_it_speaks()
-    settle(daemon)
-    daemon.kill()
-    daemon.settings["model"] = str(micro_checkpoint(tmp_path, seed=5))
-    daemon.start()
-    follower.reconnect()
-    follower.until(lambda event: event["event"] == "end")
-    assert follower.states == ["queued", "running", "queued", "running!", "done"]
-    with daemon.client() as client:
-        assert client.call("result", job=follower.job)["transcript"]["segments"] == follower.segments
-        undisturbed = client.result(client.submit(path, options=PLAIN_OPTIONS, fresh=True)["id"])["transcript"]
-    assert undisturbed["segments"] == follower.segments
-
-
-def test_a_journal_that_cannot_be_used_begins_anew(
-    make_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
 ) -> None:
     daemon = make_daemon(model=str(micro))
     daemon.start(ready=True)
-    with daemon.client() as client:
-        follower = Follower(daemon, client.submit(recording(240), options=PLAIN_OPTIONS)["id"])
-    follower.until_it_speaks()
-    settle(daemon)
-    daemon.kill()
-    with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as db, db:
-        db.execute("UPDATE journal SET entry = x'93a3616c6c0705'")  # ["all", 7, 5]: another question
-    daemon.start()
-    follower.reconnect()
-    follower.until(lambda event: event["event"] == "end")
-    assert follower.states == ["queued", "running", "queued", "running", "queued", "running!", "done"]
-    with daemon.client() as client:
-        assert client.call("result", job=follower.job)["transcript"]["segments"] == follower.segments
+    path = recording(120)
+    for unusable in (True, False):
+        with daemon.client() as client:
+            follower = Follower(daemon, client.submit(path, options=PLAIN_OPTIONS, fresh=True)["id"])
+        follower.until_it_speaks()
+        settle(daemon)
+        daemon.kill()
+        if unusable:
+            with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as db, db:
+                db.execute("UPDATE journal SET entry = x'93a3616c6c0705'")  # ["all", 7, 5]: another question
+        else:
+            daemon.settings["model"] = str(micro_checkpoint(tmp_path, seed=5))
+        daemon.start()
+        follower.reconnect()
+        follower.until(lambda event: event["event"] == "end")
+        noticed = ["running", "queued"] if unusable else []  # by the helper; another model is by the daemon
+        assert follower.states == ["queued", "running", "queued", *noticed, "running!", "done"]
+        with daemon.client() as client:
+            assert client.call("result", job=follower.job)["transcript"]["segments"] == follower.segments
+            undisturbed = client.result(client.submit(path, options=PLAIN_OPTIONS, fresh=True)["id"])["transcript"]
+        assert undisturbed["segments"] == follower.segments

@@ -1,7 +1,8 @@
-"""Makes the model's process die of recordings, as a defect of the device or a library would: a place on PYTHONPATH.
+"""Makes helpers die of recordings, as a defect of a device or a library would: a place on PYTHONPATH.
 
-Python imports it at its start. The model helper then kills itself when it opens audio that begins with `POISON`; and,
-for as long as the file `sick` lies beside the spool, also when it opens the sample that ships with whisperd.
+Python imports it at its start. The model helper then kills itself when it opens audio that holds `POISON`, and so does
+the decoder where no device is to be `SICK`. For as long as the file that the variable `DEADLY_SICK` names is there, the
+model helper also dies of the sample that ships with whisperd.
 """
 
 from __future__ import annotations
@@ -12,21 +13,29 @@ import sys
 from typing import Any
 
 POISON = b"\x39\x30\xc7\xcf" * 8  # samples 12345, -12345, ...
+_SAMPLE = "/assets/sample/audio.pcm"
+_sick = os.environ.get("DEADLY_SICK")
+_looking = False
 
 
 def _look(event: str, args: tuple[Any, ...]) -> None:
-    path = str(args[0]) if event == "open" else ""
-    if not path.endswith("/audio.pcm") or "r" not in str(args[1] or ""):
+    global _looking
+    if event != "open" or _looking or not isinstance(args[0], str | os.PathLike):
         return
-    if path.endswith("/assets/sample/audio.pcm"):
-        deadly = os.path.exists(os.environ["DEADLY_SICK"])
-    else:
-        fd = os.open(path, os.O_RDONLY)  # this is an event too, without a mode
-        deadly = os.read(fd, len(POISON)) == POISON
-        os.close(fd)
+    path = os.fspath(args[0])
+    if not path.endswith("/audio.pcm" if _sick else "/source"):
+        return
+    _looking = True  # what follows opens files too
+    deadly = os.path.exists(_sick) if _sick and path.endswith(_SAMPLE) else _is_poison(path)
+    _looking = False
     if deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-if "whisperd.model.main" in sys.orig_argv:
+def _is_poison(path: str) -> bool:
+    with open(path, "rb") as file:
+        return POISON in file.read(4096)
+
+
+if ("whisperd.model.main" if _sick else "whisperd.audio.decoder") in sys.orig_argv:
     sys.addaudithook(_look)
