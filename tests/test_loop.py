@@ -87,6 +87,32 @@ def test_calls_that_call_again_leave_turns_to_descriptors(loop: Loop) -> None:
     theirs.close()
 
 
+def test_calls_that_take_long_leave_turns_to_descriptors() -> None:
+    """However many calls are in hand: a second client's `health` does not wait for all of them."""
+    now = [0.0]
+    loop = Loop(clock=lambda: now[0])
+    ours, theirs = socket.socketpair()
+    done: list[int] = []
+
+    def take_a_millisecond(number: int) -> None:
+        now[0] += 0.001
+        done.append(number)
+
+    for number in range(1000):
+        loop.call_soon(lambda number=number: take_a_millisecond(number))  # type: ignore[misc]
+    loop.register(ours, READ, lambda events: loop.stop())
+    theirs.send(b"x")
+    loop.run()
+    assert 0 < len(done) < 20
+    loop.unregister(ours)
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert done == list(range(1000)), "in order, and none is lost"
+    loop.close()
+    ours.close()
+    theirs.close()
+
+
 def test_threads_wake_the_loop_and_their_calls_keep_their_order(loop: Loop) -> None:
     seen: list[int] = []
 

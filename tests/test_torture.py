@@ -1,8 +1,9 @@
-"""A short `make torture`: the same blows, clients and oracle as in the long one, by a fixed seed."""
+"""A short `make torture`: the same blows, clients, files and oracle as in the long one, by fixed seeds."""
 
 from __future__ import annotations
 
 from torture.kills import Plan, torture
+from torture.media import media
 
 
 def test_a_short_torture_loses_nothing() -> None:
@@ -11,3 +12,10 @@ def test_a_short_torture_loses_nothing() -> None:
     assert report.counts["kills in all"] > 0
     assert report.counts["submits acknowledged"] > 0
     assert report.counts["ends: done"] > 0
+
+
+def test_hostile_media_stay_below_the_caps() -> None:
+    report = media(seed=2, count=40, bomb_s=3600)
+    assert report.violations == [], str(report)
+    assert report.counts["ends: too_long"] > 0
+    assert report.counts["ends: bad_audio"] > 0

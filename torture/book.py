@@ -27,6 +27,7 @@ class Book:
         self.forgotten: set[int] = set()
         self.may_be_forgotten: set[int] = set()  # asked for, and the answer got lost
         self.unsure: dict[str, Request] = {}
+        self.unanswered_retries = 0  # a retry has no key: when its answer gets lost, its job is nobody's
         self.replaced: list[tuple[str, int, int]] = []  # a key's job, and the later one of the same key
         self._ids: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -51,10 +52,17 @@ class Book:
             self._ids[request.key] = job_id
             self.acknowledged[job_id] = request.recording
 
-    def add(self, job_id: int, recording: Path) -> None:
-        """Note a job that came to be without a key (a retry)."""
+    def ask_retry(self) -> None:
+        """Note a retry before it is sent."""
         with self._lock:
-            self.acknowledged[job_id] = recording
+            self.unanswered_retries += 1
+
+    def retry_answered(self, job_id: int | None, recording: Path) -> None:
+        """Note the answer: a job, or None when it was refused."""
+        with self._lock:
+            self.unanswered_retries -= 1
+            if job_id is not None:
+                self.acknowledged[job_id] = recording
 
     def recording(self, job_id: int) -> Path:
         """Return what a job transcribes."""

@@ -91,20 +91,22 @@ class Client(threading.Thread):
         jobs = self._book.sample()
         if what in ("cancel", "retry", "forget", "follow") and not jobs:
             return
+        adds = what in ("submit", "submit and vanish", "retry")
+        if adds and client.call("health", timeout_s=_ANSWER_S)["queue"]["depth"] > self._deep:
+            self._stopped.wait(0.1)
+            return
         try:
             match what:
                 case "submit":
-                    self._submit(client, self._new_request())
+                    submit(client, self._book, self._new_request())
                 case "submit and vanish":
                     self._submit_and_vanish()
                 case "ask again" if self._mine:
-                    self._submit(client, self._random.choice(self._mine[-20:]))
+                    submit(client, self._book, self._random.choice(self._mine[-20:]))
                 case "cancel":
                     client.call("cancel", job=self._random.choice(jobs), timeout_s=_ANSWER_S)
                 case "retry":
-                    job_id = self._random.choice(jobs)
-                    again = client.call("retry", job=job_id, timeout_s=_ANSWER_S)["job"]["id"]
-                    self._book.add(again, self._book.recording(job_id))
+                    self._retry(client, self._random.choice(jobs))
                 case "forget":
                     self._forget(client, self._random.choice(jobs[: len(jobs) // 4 + 1]))
                 case "follow":
@@ -133,18 +135,22 @@ class Client(threading.Thread):
         self._mine.append(request)
         return request
 
-    def _submit(self, client: RawClient, request: Request) -> None:
-        if client.call("health", timeout_s=_ANSWER_S)["queue"]["depth"] > self._deep:
-            self._stopped.wait(0.1)
-            return
-        submit(client, self._book, request)
-
     def _submit_and_vanish(self) -> None:
         """Hang up before the answer: the job may be there or not, but not twice."""
         request = self._new_request()
         self._book.ask(request)
         with RawClient(self._path) as client, request.recording.open("rb") as file:
             client.send("submit", descriptors=[file.fileno()], **submit_params(request))
+
+    def _retry(self, client: RawClient, job_id: int) -> None:
+        self._book.ask_retry()
+        recording = self._book.recording(job_id)
+        try:
+            again = client.call("retry", job=job_id, timeout_s=_ANSWER_S)["job"]["id"]
+        except WhisperdError:
+            self._book.retry_answered(None, recording)
+            raise
+        self._book.retry_answered(again, recording)
 
     def _forget(self, client: RawClient, job_id: int) -> None:
         self._book.forget(job_id)

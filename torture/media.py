@@ -54,14 +54,14 @@ _FOREIGN = (
 )
 
 
-def hostile_files(folder: Path, random: Random, count: int) -> Iterator[tuple[str, bytes]]:
+def hostile_files(folder: Path, random: Random, count: int, bomb_s: int) -> Iterator[tuple[str, bytes]]:
     """Yield `count` files as (what it is, content)."""
     good = []
     for name, codec in _FORMATS.items():
         rate = 48_000 if codec == "libopus" else 44_100
         good.append(write_audio(folder / name, codec, seconds=3, rate=rate).read_bytes())
     wav = good[0]
-    bomb = write_silence(folder / "bomb.flac", 36_000).read_bytes()
+    bomb = write_silence(folder / "bomb.flac", bomb_s).read_bytes()
     kinds = ["cut"] * 5 + ["flipped"] * 5 + ["list"] * 3 + ["foreign"] * 2 + ["header"] * 3 + ["noise", "bomb", "empty"]
     for number in range(count):
         kind = kinds[number % len(kinds)]
@@ -108,8 +108,8 @@ def _lying_wav(random: Random, wav: bytes) -> bytes:
     return bytes(lie)
 
 
-def media(seed: int, count: int) -> Report:
-    """Decode `count` hostile files, each under the caps."""
+def media(seed: int, count: int, *, bomb_s: int = 36_000) -> Report:
+    """Decode `count` hostile files, each under the caps. The bombs unpack to `bomb_s` seconds of silence."""
     report = Report(f"hostile media, seed {seed}")
     random = Random(f"{seed}:media")
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
@@ -118,7 +118,7 @@ def media(seed: int, count: int) -> Report:
     worst = {"MB of memory": 0.0, "CPU seconds": 0.0, "MB written": 0.0}
     helper = _helper(spool)
     try:
-        for number, (kind, content) in enumerate(hostile_files(folder, random, count)):
+        for number, (kind, content) in enumerate(hostile_files(folder, random, count, bomb_s)):
             work = spool / str(number)
             work.mkdir()
             (work / "source").write_bytes(content)

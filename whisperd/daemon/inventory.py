@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from whisperd.daemon.ledger import Ledger
@@ -44,13 +45,14 @@ class Inventory:
 
         def counted(found: Mapping[str, Any]) -> None:
             rest()
+            # A turn of its own for each: thousands may have asked, and the loop has others to serve.
             for then, _ in asked:
-                then(found)
+                self._loop.call_soon(partial(then, found))
 
         def failed(error: WhisperdError) -> None:
             rest()
             for _, fail in asked:
-                fail(error)
+                self._loop.call_soon(partial(fail, error))
 
         self._ledger.read(self._look, counted, failed)
 

@@ -25,6 +25,9 @@ log = logging.getLogger("whisperd.loop")
 READ, WRITE = 1, 2  # the numbers of selectors.EVENT_READ and EVENT_WRITE
 # A client may ask for a wait of decades, and epoll takes no more than 24 days at once.
 _LONGEST_WAIT_S = 86_400.0
+# How long a turn gives to calls (`call_soon`) before it looks at the descriptors again: a `health` waits no longer,
+# however many requests of others are in hand.
+_CALLS_S = 0.005
 
 
 class _HasFileno(Protocol):
@@ -130,7 +133,7 @@ class Loop:
         return self.call_at(self._clock() + delay_s, fn)
 
     def call_soon(self, fn: Callable[[], object]) -> None:
-        """Call `fn` in the next turn, after the calls asked for before it."""
+        """Call `fn` after the calls asked for before it: in the next turn, or in a later one when those take long."""
         self._soon.append(fn)
 
     def call_soon_threadsafe(self, fn: Callable[[], object]) -> None:
@@ -199,6 +202,8 @@ class Loop:
                 self._call(fn)
         for _ in range(len(self._soon)):
             self._call(self._soon.popleft())
+            if self._clock() - now > _CALLS_S:
+                break
 
     def _call(self, fn: Callable[..., object], *arguments: Any) -> None:
         try:
