@@ -9,6 +9,8 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
+import psutil
+
 from tests.models import micro_checkpoint
 from tests.support import PLAIN_OPTIONS, RawClient, wait_until
 from torture.kills import SETTINGS, undisturbed, write_recordings
@@ -49,7 +51,7 @@ def _one(target: Victim, client: RawClient, recording: Path, tokens: list[list[i
     report = target.report
     if not target.daemon.helpers(module):  # those for audio are started when there is work for them
         _job(client, recording, tokens, report)
-    (helper,) = wait_until(lambda: target.daemon.helpers(module)[:1], _DONE_S, f"there is a {module}")
+    helper = wait_until(lambda: target.daemon.helpers(module), _DONE_S, f"there is a {module}")[0]
     target.hurt_helper(Random(0), module, how)
     report.count(f"{module.removeprefix('whisperd.')}: {how}")
     code = _job(client, recording, tokens, report)
@@ -64,6 +66,7 @@ def _one(target: Victim, client: RawClient, recording: Path, tokens: list[list[i
     if how == "memory" and helper.is_running():
         report.count(f"{module.removeprefix('whisperd.')}: memory: went on under the limit")
         helper.kill()
+        psutil.wait_procs([helper], timeout=_DONE_S)
 
 
 def _job(client: RawClient, recording: Path, tokens: list[list[int]], report: Report) -> str:
