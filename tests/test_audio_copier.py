@@ -155,3 +155,12 @@ def test_the_helper_ends_with_its_daemon(spool: Path) -> None:
 def test_the_copier_loads_no_ffmpeg() -> None:
     code = "import sys, whisperd.audio.copier; sys.exit('av' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_copier_without_memory_ends_and_does_not_fail_one_order_after_the_other(copier: HelperProcess) -> None:
+    with os.fdopen(open_memory(b"x" * 100)) as file:
+        assert isinstance(copy(copier, file.fileno()), Copied)
+        resource.prlimit(copier.process.pid, resource.RLIMIT_AS, (2**20, 2**20))
+        copier.send(CopyIn(run=2, generation=1, folder="second"), [file.fileno()])
+        with pytest.raises(EOFError):
+            copier.answer(Copied, Failed)

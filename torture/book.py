@@ -32,10 +32,12 @@ class Book:
         self._ids: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def ask(self, request: Request) -> None:
-        """Note a submit before it is sent."""
+    def ask(self, request: Request) -> bool:
+        """Note a submit before it is sent; return whether an earlier answer under its key got lost."""
         with self._lock:
+            asked_before = request.key in self.unsure
             self.unsure[request.key] = request
+            return asked_before
 
     def refused(self, request: Request) -> None:
         """Note that it was refused: no job of it may be there."""

@@ -184,12 +184,13 @@ class Client(threading.Thread):
 
 def submit(client: RawClient, book: Book, request: Request) -> None:
     """Submit and note the acknowledgement. Raises what `RawClient.call` raises."""
-    book.ask(request)
+    asked_before = book.ask(request)
     try:
         with request.recording.open("rb") as file:
             answer = client.call("submit", descriptors=[file.fileno()], timeout_s=_ANSWER_S, **submit_params(request))
     except WhisperdError:
-        book.refused(request)
+        if not asked_before:  # else the first one may have made a job: on a full disk its key is refused too
+            book.refused(request)
         raise
     book.acknowledge(request, answer["job"]["id"])
 

@@ -49,9 +49,14 @@ def deaths(seed: int, times: int, minutes: float) -> Report:
 
 def _one(target: Victim, client: RawClient, recording: Path, tokens: list[list[int]], module: str, how: str) -> None:
     report = target.report
-    if not target.daemon.helpers(module):  # those for audio are started when there is work for them
-        _job(client, recording, tokens, report)
-    helper = wait_until(lambda: target.daemon.helpers(module), _DONE_S, f"there is a {module}")[0]
+
+    def present() -> list[psutil.Process]:
+        found = target.daemon.helpers(module)
+        if not found:  # those for audio are started when there is work for them
+            _job(client, recording, tokens, report)
+        return found
+
+    helper = wait_until(present, _DONE_S, f"there is a {module}")[0]
     target.hurt_helper(Random(0), module, how)
     report.count(f"{module.removeprefix('whisperd.')}: {how}")
     code = _job(client, recording, tokens, report)

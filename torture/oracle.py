@@ -39,8 +39,6 @@ def settle(path: Path, book: Book, report: Report) -> None:
                 submit(client, book, request)
             except WhisperdError as error:
                 report.count(f"of those refused ({error.code})")
-                if error.code == ErrorCode.STORAGE_FULL:
-                    book.ask(request)
                 report.require(error.code in (ErrorCode.STORAGE_FULL, ErrorCode.NOT_FOUND), f"{request}: {error}")
 
 

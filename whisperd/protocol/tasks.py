@@ -86,6 +86,10 @@ def _answer(task: Task, order: Order, descriptors: list[int], perform: Perform) 
         return perform(task, order, descriptors)
     except WhisperdError as error:
         return Failed(run=order.run, generation=order.generation, code=error.code, message=error.message)
+    except MemoryError:
+        # Not the order's fault, and every further one would fail likewise: end, and be replaced.
+        log.error("run=%d no memory is left to this process: it ends", order.run)
+        os._exit(1)
     except Exception as error:
         log.exception("run=%d an order failed in a way nobody thought of", order.run)
         message = f"{type(error).__name__}: {error}; the daemon's log has more"
