@@ -24,10 +24,10 @@ from whisperd.protocol.options import DEFAULTS, parse_options
 class Bench:
     """A loaded model with its workers; makes runs of recordings in one spool folder."""
 
-    def __init__(self, model: LoadedModel, spool: Path) -> None:
+    def __init__(self, model: LoadedModel, spool: Path, *, release: bool = False) -> None:
         self.model = model
         self.on_step: Callable[[], None] = lambda: None
-        self.engine = Engine(model, on_step=lambda: self.on_step())
+        self.engine = Engine(model, on_step=lambda: self.on_step(), release=release)
         self.spool = spool
         self._mel_worker = Worker("mel")
         self._speech = SpeechDetector()
@@ -68,6 +68,11 @@ class Bench:
             self._upstream[key] = self._transcribe(folder, parsed)
         return self._upstream[key]
 
+    def upstream_segments(self, folder: str = "speech", **options: Any) -> list[dict[str, Any]]:
+        """Return upstream's segments with plain numbers, as a transcript has them."""
+        words = bool(options.get("word_timestamps"))
+        return plain(self.upstream(folder, **options), words=words)
+
     def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
         pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
         arguments = {name: parsed[name] for name in DEFAULTS}
@@ -78,6 +83,25 @@ class Bench:
     def hooks(self) -> int:
         """Return how many hooks are left on the decoder."""
         return sum(len(module._forward_hooks) for module in self.model.whisper.decoder.modules())
+
+
+def plain(upstream: dict[str, Any], *, words: bool) -> list[dict[str, Any]]:
+    """Return upstream's segments with plain numbers, without the keys that the contract does not have."""
+
+    def number(value: Any) -> Any:
+        return float(value) if isinstance(value, float) else value
+
+    return [
+        {
+            key: [{name: number(part) for name, part in word.items()} for word in value]
+            if key == "words"
+            else number(value)
+            for key, value in segment.items()
+            # Upstream gives an empty list of words to segments without text, whatever was asked for.
+            if key != "seek" and (words or key != "words")
+        }
+        for segment in upstream["segments"]
+    ]
 
 
 _SCORES = ("avg_logprob", "no_speech_prob", "probability")  # sums of thousands of roundings, in another order

@@ -123,7 +123,11 @@ class Batcher:
                 with self._changed:
                     self._changed.wait_for(lambda: self._waiting or self._live.count)
                 began = time.monotonic()
-                self._tick()
+                try:
+                    self._tick()
+                except BaseException as error:  # none may be left waiting for ever
+                    for request in {*self._waiting, *self._live.owners}:
+                        self._give_up(request, error)
                 self.counters.busy_s += time.monotonic() - began
 
     def _tick(self) -> None:

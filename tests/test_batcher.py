@@ -1,0 +1,271 @@
+"""The batcher on real weights: many runs at once say what each says alone, and the urgent ones come first."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from whisper.decoding import DecodingOptions
+
+from tests import models
+from tests.model_bench import Bench, check_same, open_bench
+from tests.support import requires_program, speak, wait_until, word_error_rate
+from whisperd.model.batch.batcher import Batcher, Limits, Request
+from whisperd.model.batch.rows import LiveRows
+from whisperd.model.batch.windows import KeptWindows, Window
+from whisperd.model.engine import Engine
+from whisperd.model.loading import load
+from whisperd.model.run import Run
+from whisperd.model.transcript import Transcript
+from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn
+from whisperd.protocol.errors import WhisperdError
+
+TEXT = (
+    "The harbour was quiet in the morning. A small boat came in with the tide, and two men carried fish to the market."
+)
+# A few seconds each: what they are about is that they run beside each other.
+JOBS: list[dict[str, Any]] = [
+    {},
+    {"condition_on_previous_text": False, "initial_prompt": "A story of the sea."},
+    {"word_timestamps": True, "clip_timestamps": [0, 4]},
+    {"beam_size": 5, "patience": 1.5, "temperature": 0, "clip_timestamps": [1, 5]},
+    {"temperature": [0.0, 0.0], "logprob_threshold": 0.0, "clip_timestamps": [2, 6]},  # always tried again
+    {"suppress_tokens": "", "clip_timestamps": [3]},
+]
+
+
+@pytest.fixture(scope="module")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spool = tmp_path_factory.mktemp("spool")
+    speech = speak(TEXT, spool / "speech.wav").read_bytes()[44:]
+    for folder, pcm in (("speech", speech), ("silence", bytes(2 * 16_000 * 65))):
+        (spool / folder).mkdir()
+        (spool / folder / "audio.pcm").write_bytes(pcm)
+    return spool
+
+
+@pytest.fixture(scope="module")
+def tiny(spool: Path) -> Bench:
+    return open_bench("demo", spool)
+
+
+def at_once(runs: list[Run]) -> list[Transcript]:
+    """Return the transcripts of runs that all begin together."""
+    found: dict[int, Transcript] = {}
+    threads = [
+        threading.Thread(target=lambda n=n, run=run: found.update({n: run.transcribe()})) for n, run in enumerate(runs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    return [found[n] for n in range(len(runs))]
+
+
+@requires_program("flite")
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_runs_beside_each_other_say_what_upstream_says(tiny: Bench, count: int) -> None:
+    jobs = [JOBS[n % len(JOBS)] for n in range(count)]
+    random.Random(count).shuffle(jobs)
+    runs = [tiny.run(**options)[0] for options in jobs]
+    for run in runs[::4]:
+        run.turn.interactive = True
+    counters = tiny.engine.counters
+    steps, together = counters.steps, counters.window_steps
+    for options, transcript in zip(jobs, at_once(runs), strict=True):
+        segments = [segment.to_wire() for segment in transcript.segments]
+        for segment in segments:
+            segment.pop("speech", None)
+        check_same(segments, tiny.upstream_segments(**options))
+    if count > 2:
+        assert counters.window_steps - together > 1.5 * (counters.steps - steps), "they stepped together"
+
+
+def test_a_window_seen_before_is_not_decoded_again(tiny: Bench) -> None:
+    options = {"temperature": 0, "condition_on_previous_text": False, "no_speech_threshold": None}
+    counters = tiny.engine.counters
+    windows, reused = counters.windows, counters.reused
+    transcript = tiny.run("silence", **options)[0].transcribe()
+    assert (counters.windows - windows, counters.reused - reused) == (2, 1)
+    assert [segment.tokens for segment in transcript.segments] == [
+        segment["tokens"] for segment in tiny.upstream("silence", **options)["segments"]
+    ]
+    assert transcript.timing.windows == 2
+
+
+@requires_program("flite")
+def test_bfloat16_hears_the_same_words(spool: Path) -> None:
+    try:
+        model = load("demo", cache_dir=spool, device="cpu", dtype="bfloat16", on_step=lambda: None, environ={})
+    except WhisperdError as error:
+        pytest.skip(error.message)
+    bench = Bench(model, spool, release=True)
+    transcript = bench.run(temperature=0, word_timestamps=True)[0].transcribe()
+    assert word_error_rate(TEXT, transcript.text) < 0.15
+    assert all(segment.words for segment in transcript.segments)
+
+
+# --- who comes first: the micro model, window by window ---
+
+
+class Windows:
+    """An engine that is held until it is let go, and looked at between any two pieces of its work."""
+
+    def __init__(self, folder: Path, *, windows: int) -> None:
+        torch.set_num_threads(1)
+        model = load(str(models.micro_checkpoint(folder)), cache_dir=folder, device="cpu", dtype="auto",
+                     on_step=lambda: None, environ={})  # fmt: skip
+        self.go = threading.Event()
+        self.look: Callable[[], None] = lambda: None
+        self.begun: list[str] = []  # in the order in which their first token was said
+        self.outcomes: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+        self._threads: list[threading.Thread] = []
+        self.engine = Engine(model, on_step=self._between, windows=windows)
+        self.batcher: Batcher = self.engine._batcher
+        self.held = True
+
+    def _between(self) -> None:
+        if hasattr(self, "held"):
+            assert self.go.wait(60)
+            for request in self.batcher._live.owners:
+                name = self._names.get(id(request.turn), "")
+                if name not in self.begun:
+                    self.begun.append(name)
+            self.look()
+
+    def ask(self, name: str, *, interactive: bool = False, seed: int = 0) -> Turn:
+        """Have a window decoded by a thread of its own, and return its turn."""
+        turn = Turn(interactive=interactive)
+        self._names[id(turn)] = name
+        options = DecodingOptions(language="en", fp16=False)
+        waiting = len(self.batcher._waiting)
+
+        def work() -> None:
+            try:
+                self.outcomes[name] = self.engine.decode(turn, KeptWindows(), noise(seed), options, seed=0).tokens
+            except BaseException as error:
+                self.outcomes[name] = error
+
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
+        if not self.go.is_set():
+            wait_until(lambda: len(self.batcher._waiting) > waiting)
+        return turn
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+
+
+def noise(seed: int) -> Window:
+    mel = torch.randn(80, 3000, generator=torch.Generator().manual_seed(seed))
+    return KeptWindows().window(mel)
+
+
+def test_an_interactive_window_has_a_place_and_no_background_window_is_encoded_beside_it(tmp_path: Path) -> None:
+    windows = Windows(tmp_path, windows=2)
+    seen: list[tuple[bool, int, int]] = []
+
+    def look() -> None:
+        live = windows.batcher._live.owners
+        urgent = any(request.turn.interactive for request in live)
+        seen.append((urgent, len(live), windows.engine.counters.encoded))
+        if len(live) == 2 and len(windows._threads) == 4:
+            windows.ask("urgent", interactive=True, seed=9)
+            wait_until(lambda: any(request.turn.interactive for request in windows.batcher._waiting))
+
+    windows.look = look
+    for n in range(4):
+        windows.ask(f"background {n}", seed=n)
+    windows.go.set()
+    windows.join()
+    assert windows.begun[:3] == ["background 0", "background 1", "urgent"]
+    assert max(live for urgent, live, _ in seen if urgent) == 3, "both places were taken, and there was one more"
+    assert len({encoded for urgent, _, encoded in seen if urgent}) == 1, "nothing was encoded beside it"
+    assert max(live for urgent, live, _ in seen if not urgent) == 2
+    assert all(isinstance(tokens, list) and tokens for tokens in windows.outcomes.values())
+
+
+def test_background_windows_move_under_a_stream_of_interactive_ones(tmp_path: Path) -> None:
+    windows = Windows(tmp_path, windows=1)
+    windows.ask("background")
+    for n in range(2 * MAX_INTERACTIVE_IN_A_ROW):
+        windows.ask(f"urgent {n}", interactive=True)
+    windows.go.set()
+    windows.join()
+    assert windows.begun.index("background") == MAX_INTERACTIVE_IN_A_ROW
+
+
+def test_a_cancelled_window_ends_at_the_next_step_and_the_others_go_on(tmp_path: Path) -> None:
+    windows = Windows(tmp_path, windows=3)
+    turns = [windows.ask(f"window {n}", seed=n) for n in range(3)]
+    cancelled_at: list[int] = []
+
+    def look() -> None:
+        live = windows.batcher._live.owners
+        if len(live) == 3 and not cancelled_at:
+            turns[1].cancelled = True
+            cancelled_at.append(windows.engine.counters.steps)
+        elif cancelled_at and windows.engine.counters.steps == cancelled_at[0] + 1:
+            assert turns[1] not in [request.turn for request in live]
+
+    windows.look = look
+    windows.go.set()
+    windows.join()
+    assert cancelled_at
+    assert isinstance(windows.outcomes["window 1"], WhisperdError)
+    alone = {n: windows.engine.decode(Turn(), KeptWindows(), noise(n), OPTIONS, seed=0).tokens for n in (0, 2)}
+    assert {n: windows.outcomes[f"window {n}"] for n in (0, 2)} == alone
+
+
+# --- want of memory ---
+
+OPTIONS = DecodingOptions(language="en", fp16=False)
+
+
+class ShortOfMemory(LiveRows[Request]):
+    """Has no room for steps of more than `most` windows."""
+
+    most = 2
+
+    def step(self) -> Any:
+        if len(self.owners) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().step()
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_want_of_memory_halves_the_batch_and_fails_only_what_does_not_fit_alone(tmp_path: Path, most: int) -> None:
+    windows = Windows(tmp_path, windows=8)
+    batcher = windows.batcher
+    batcher._live.__class__ = ShortOfMemory
+    batcher._live.most = most  # type: ignore[attr-defined]
+    for n in range(5):
+        windows.ask(f"window {n}", seed=n)
+    windows.go.set()
+    windows.join()
+    if most:
+        batcher._live.most = 99  # type: ignore[attr-defined]
+        alone = {f"window {n}": windows.engine.decode(Turn(), KeptWindows(), noise(n), OPTIONS, seed=0).tokens
+                 for n in range(5)}  # fmt: skip
+        assert windows.outcomes == alone
+        assert batcher._limits == Limits(windows=2, rows=10)
+    else:
+        assert {type(outcome) for outcome in windows.outcomes.values()} == {torch.cuda.OutOfMemoryError}
+        assert batcher._limits.windows == 1
+    assert not batcher._live.count
+
+
+def test_digest_tells_windows_apart() -> None:
+    kept, mel = KeptWindows(), torch.zeros(80, 3000)
+    first = kept.window(mel)
+    assert kept.window(mel.clone()) is first
+    mel[3, 7] = np.nextafter(np.float32(0), np.float32(1)).item()
+    assert kept.window(mel) is not first
