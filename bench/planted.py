@@ -1,0 +1,52 @@
+"""Weights of any size that say a script, whatever they hear: for measuring time where the real ones cannot be had.
+
+Random weights are useless for that: they never end a window, and climb through all temperatures. Here the decoder's
+blocks add nothing to what flows past them, and each position's embedding says the script's next token, so a window
+costs what a real one costs and has as many tokens as a minute of fast speech has in half of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from whisper.model import ModelDimensions, Whisper
+from whisper.tokenizer import Tokenizer, get_tokenizer
+
+TINY = ModelDimensions(80, 1500, 128, 2, 2, 51865, 448, 128, 2, 2)
+TURBO = ModelDimensions(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 4)
+LARGE_V3 = ModelDimensions(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32)
+
+_SEGMENTS, _SEGMENT_S, _WORDS = 7, 4, 13  # 105 tokens a window
+_TOKENS_A_SECOND = 50  # timestamps
+_SOT_TOKENS = 3  # start, language, task: the first token of the text is said at the last of them
+
+
+def planted(dims: ModelDimensions, seed: int = 0) -> Whisper:
+    """Return a multilingual model that says the same script for every window, at temperature 0, without a prompt."""
+    torch.manual_seed(seed)
+    model = Whisper(dims)
+    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language="en", task="transcribe")
+    decoder = model.decoder
+    for block in decoder.blocks:
+        for last in (block.attn.out, block.cross_attn.out, block.mlp[2]):
+            last.weight.data.zero_()
+            last.bias.data.zero_()
+    embeddings = torch.nn.functional.normalize(torch.randn(dims.n_vocab, dims.n_text_state), dim=1)
+    decoder.token_embedding.weight.data = embeddings
+    decoder.positional_embedding.data.zero_()
+    for number, token in enumerate(_script(tokenizer)):
+        decoder.positional_embedding.data[_SOT_TOKENS - 1 + number] = 20 * embeddings[token]
+    # Certainty: with log probabilities near zero no window is tried again warmer.
+    decoder.ln.weight.data.fill_(4.0)
+    return model.eval()
+
+
+def _script(tokenizer: Tokenizer) -> Iterator[int]:
+    words = (token for token in range(1000, 20000) if re.fullmatch(" [a-z]{3,9}", tokenizer.decode([token])))
+    for number in range(_SEGMENTS):
+        yield tokenizer.timestamp_begin + number * _SEGMENT_S * _TOKENS_A_SECOND
+        yield from (next(words) for _ in range(_WORDS))
+        yield tokenizer.timestamp_begin + (number + 1) * _SEGMENT_S * _TOKENS_A_SECOND
+    yield tokenizer.eot
