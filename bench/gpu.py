@@ -155,8 +155,8 @@ def measure(name: str, dims: ModelDimensions, device: str, folder: Path, *, jobs
     yield _interactive(name, subject, names, alone)
     counters = subject.engine.counters
     yield Row(
-        what=f"{name}: rows in a step, on average; windows and tokens",
-        measured=f"{counters.row_steps / max(1, counters.steps):.1f}; {counters.windows}, {counters.tokens}",
+        what=f"{name}: windows in a step, on average; windows and tokens",
+        measured=f"{counters.window_steps / max(1, counters.steps):.1f}; {counters.windows}, {counters.tokens}",
     )
 
 
