@@ -59,6 +59,10 @@ check: venv
 bench: venv
 	$(BIN)/python -m bench
 
+# An hour of speech, every token compared with openai-whisper's; it takes half an hour.
+fidelity: venv
+	$(BIN)/python -m bench.batch --count 16 --minutes 3.75 --gaps
+
 # TORTURE='--seed 7 --minutes 60' and more: python -m torture --help. As root it fills a small disk of its own too.
 torture: venv
 	$(BIN)/python -m torture $(TORTURE)

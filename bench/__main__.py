@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import latency, long_file, memory, overhead, pipeline, roundtrips, startup, submit
+from bench import batch, latency, long_file, memory, overhead, pipeline, roundtrips, startup, submit
 from bench.daemon import Failed
 from bench.report import Bench, Row, describe_machine, format_head, format_row
 
 SUBJECTS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
+    "batch": batch.measure,
     "startup": startup.measure,
     "memory": memory.measure,
     "roundtrips": roundtrips.measure,
