@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.installed import (
     recording,
     wait_up,
     whisperctl,
+    without_model,
 )
 from tests.machine import Machine, requires_systemd
 from tests.support import wait_until
@@ -54,8 +57,7 @@ def test_kill_9_loses_nothing(machine: Machine, whom: str) -> None:
 
 
 def test_a_loop_that_stands_still_is_replaced(machine: Machine) -> None:
-    with drop_in(machine, "whisperd.service", "WatchdogSec=1", "TimeoutAbortSec=1"):
-        machine.run("systemctl", "restart", "whisperd")
+    with drop_in(machine, "whisperd.service", "WatchdogSec=1", "TimeoutAbortSec=1"), without_model(machine):
         wait_up(machine)
         before = main_pid(machine)
         assert machine.show("whisperd", "NRestarts") == "0", "a loop that turns is left alone"
@@ -63,7 +65,6 @@ def test_a_loop_that_stands_still_is_replaced(machine: Machine) -> None:
         wait_until(lambda: main_pid(machine) not in (0, before), 30, "systemd starts another")
         wait_up(machine)
     assert any("Watchdog timeout" in entry["MESSAGE"] for entry in machine.journal("-u", "whisperd"))
-    machine.run("systemctl", "restart", "whisperd")
 
 
 def test_a_model_helper_that_stands_still_is_replaced(machine: Machine) -> None:
@@ -106,64 +107,65 @@ print(submitted)
 
 
 def test_a_restart_under_a_stream_of_clients_refuses_nobody_and_loses_nothing(machine: Machine) -> None:
-    wait_up(machine)
+    with without_model(machine):
+        wait_up(machine)
 
-    def jobs(user: str) -> int:
-        return len(whisperctl(machine, "list", "--quiet", "--limit", "200", user=user).split())
+        def jobs(user: str) -> int:
+            return len(whisperctl(machine, "list", "--quiet", "--limit", "200", user=user).split())
 
-    before = {user: jobs(user) for user in ("ada", "bob")}
-    streams = {}
-    for user in before:
-        recording(machine, f"{user}.wav", 1)
-        streams[user] = machine.start(PYTHON, "-c", _STREAM, user, user=user)
-    for _ in range(3):
-        for stream in streams.values():
-            assert stream.stdout is not None
-            assert stream.stdout.readline(), stream.communicate()[1]
-        machine.run("systemctl", "restart", "whisperd")
-    machine.write("/tmp/enough", "")
-    for user, stream in streams.items():
-        submitted, errors = stream.communicate(timeout=60)
-        assert stream.returncode == 0, errors
-        assert jobs(user) - before[user] == int(submitted.split()[-1]), "one job for each submit"
+        before = {user: jobs(user) for user in ("ada", "bob")}
+        streams = {}
+        for user in before:
+            recording(machine, f"{user}.wav", 1)
+            streams[user] = machine.start(PYTHON, "-c", _STREAM, user, user=user)
+        for _ in range(3):
+            for stream in streams.values():
+                assert stream.stdout is not None
+                assert stream.stdout.readline(), stream.communicate()[1]
+            machine.run("systemctl", "restart", "whisperd")
+        machine.write("/tmp/enough", "")
+        for user, stream in streams.items():
+            submitted, errors = stream.communicate(timeout=60)
+            assert stream.returncode == 0, errors
+            assert jobs(user) - before[user] == int(submitted.split()[-1]), "one job for each submit"
 
 
 # --- what a restart cannot mend: told to all, started no more often than asked ---
 
 
-def _broken(machine: Machine, how: str) -> tuple[str, list[str]]:
-    """Break something; return what is said of it, and the command that mends it."""
-    if how == "configuration":
-        configure(machine, "capasity = 1\n")
-        return "/etc/whisperd/whisperd.toml: unknown key 'capasity'; did you mean 'capacity'?", ["true"]
-    if how == "taken":
-        machine.run("systemctl", "stop", "whisperd.service")
-        lock = "/var/lib/whisperd/whisperd.lock"
-        machine.run("systemd-run", "--unit=other", "flock", lock, "sleep", "1000")
-        wait_until(lambda: machine.run("flock", "--nonblock", lock, "true", check=False).returncode, 10)
-        return "another whisperd works with /var/lib/whisperd", ["systemctl", "stop", "other.service"]
+@contextmanager
+def broken(machine: Machine, how: str) -> Iterator[str]:
+    """Break something for a `with` block; yields what is said of it."""
     machine.run("systemctl", "stop", "whisperd.service")
-    database = "/var/lib/whisperd/whisperd.sqlite3"
-    change = (
-        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); v = db.execute('PRAGMA user_version').fetchone()[0]"
-    )
-    change += "; db.execute(f'PRAGMA user_version = {v + int(sys.argv[2])}'); db.close()"
-    machine.run(PYTHON, "-c", change, database, "100", user="whisperd")
-    return "newer", [
-        *"setpriv --reuid whisperd --regid whisperd --init-groups".split(),
-        PYTHON,
-        "-c",
-        change,
-        database,
-        "-100",
-    ]
+    with ExitStack() as mend:
+        if how == "configuration":
+            configure(machine, "capasity = 1\n")
+            mend.callback(configure, machine)
+            yield "/etc/whisperd/whisperd.toml: unknown key 'capasity'; did you mean 'capacity'?"
+        elif how == "taken":
+            lock = "/var/lib/whisperd/whisperd.lock"
+            machine.run("systemd-run", "--unit=other", "flock", lock, "sleep", "1000")
+            mend.callback(machine.run, "systemctl", "stop", "other.service")
+            wait_until(lambda: machine.run("flock", "--nonblock", lock, "true", check=False).returncode, 10)
+            yield "another whisperd works with /var/lib/whisperd"
+        else:
+            machine.run(PYTHON, "-c", _RAISE_VERSION, "100", user="whisperd")
+            mend.callback(machine.run, PYTHON, "-c", _RAISE_VERSION, "-100", user="whisperd")
+            yield "newer"
+
+
+_RAISE_VERSION = """
+import sqlite3, sys
+db = sqlite3.connect("/var/lib/whisperd/whisperd.sqlite3")
+version = db.execute("PRAGMA user_version").fetchone()[0]
+db.execute(f"PRAGMA user_version = {version + int(sys.argv[1])}")
+db.close()
+"""
 
 
 @pytest.mark.parametrize(("how", "code"), [("configuration", 2), ("taken", 3), ("newer state", 4)])
 def test_what_a_restart_cannot_mend_is_told_and_not_tried_for_ever(machine: Machine, how: str, code: int) -> None:
-    wait_up(machine)
-    wrong, mend = _broken(machine, how)
-    try:
+    with broken(machine, how) as wrong:
         assert machine.run("systemctl", "restart", "whisperd", check=False).returncode != 0
         starts = _starts(machine)
         for _ in range(3):
@@ -177,10 +179,8 @@ def test_what_a_restart_cannot_mend_is_told_and_not_tried_for_ever(machine: Mach
         assert machine.show("whisperd.socket", "ActiveState") == "active"
         assert wrong in machine.show("whisperd", "StatusText")
         assert wrong in machine.journal("-u", "whisperd", "-t", "whisperd", "-p", "crit")[-1]["MESSAGE"]
-    finally:
-        machine.run(*mend)
-        configure(machine)
-    wait_up(machine)
+    with without_model(machine):
+        wait_up(machine)
 
 
 def _starts(machine: Machine) -> int:
