@@ -34,6 +34,7 @@ RUN = RunRow(
     created_at=0.0,
     ended_at=None,
     audio_expires_at=None,
+    retried=False,
 )
 
 
