@@ -72,6 +72,8 @@ def test_a_disk_that_fails_at_a_commit_ends_the_daemon_without_a_reply(
     path = recording()
     with daemon.client() as client:
         kept = submit(client, recording(), key="before")
+        # Decoded, else that is written while the disk fails, and not what is submitted then.
+        wait_until(lambda: client.call("result", job=kept["id"])["job"]["audio_s"])
         with traced(daemon.pid, tmp_path / "trace", "-P", str(log), "-e", f"inject={call}:error=EIO"):
             with pytest.raises((EOFError, OSError)):
                 submit(client, path, key="at")

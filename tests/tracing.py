@@ -29,13 +29,7 @@ class SystemCall:
 def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None]:
     """Attach strace to processes, with the threads they have now, for a `with` block; not to what they start."""
     pids = [pids] if isinstance(pids, int) else pids
-    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
-    command = ["strace", "-y", "-ttt", "-s", "256", "-o", str(log), *options]
-    for task in tasks:
-        command += ["-p", task.name]
-    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    wait_until(lambda: tracer.poll() is not None or all(map(_is_traced, tasks)), message="strace holds every thread")
-    assert tracer.poll() is None, "strace ended at once: may it trace here?"
+    tracer = _attach(pids, ["strace", "-y", "-ttt", "-s", "256", "-o", str(log), *options])
     try:
         yield
     finally:
@@ -47,6 +41,21 @@ def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None
             # else hears of that end.
             tracer.kill()
             tracer.wait()
+
+
+def _attach(pids: Sequence[int], command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start strace on every thread of the processes; again where one of them ended before strace got to it."""
+    for _ in range(5):
+        tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+        named = [argument for task in tasks for argument in ("-p", task.name)]
+        tracer = subprocess.Popen([*command, *named], stderr=subprocess.DEVNULL)
+        wait_until(
+            lambda tracer=tracer, tasks=tasks: tracer.poll() is not None or all(map(_is_traced, tasks)),  # type: ignore[misc]
+            message="strace holds every thread",
+        )
+        if tracer.poll() is None:
+            return tracer
+    raise AssertionError("strace ended at once: may it trace here?")
 
 
 def wait_for_end(pid: int) -> None:
