@@ -26,13 +26,9 @@ from whisper.decoding import GreedyDecoder
 
 from bench.recordings import speak
 from bench.report import Bench, Row
+from bench.runs import Runs
 from whisperd.model import substitutes
-from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel, load
-from whisperd.model.run import Run
-from whisperd.model.speech import SpeechDetector
-from whisperd.model.worker import Worker
-from whisperd.protocol.helper_messages import Transcribe
 from whisperd.protocol.options import DEFAULTS, parse_options
 
 _RATE = 16_000
@@ -73,22 +69,20 @@ class Engines:
     """Both engines on one set of weights, and a spool of recordings."""
 
     def __init__(self, setting: str, folder: Path, *, count: int, minutes: float, dtype: str = "auto") -> None:
-        self._spool = folder
-        self.audio_s = _write_recordings(folder, count, minutes)
         self._count = count
         self._whisper = _load(setting, folder, "auto").whisper
         substitutes.install()
-        self.engine = Engine(_load(setting, folder, dtype), on_step=lambda: None, release=True)
-        self._mel_worker, self._speech = Worker("mel"), SpeechDetector()
+        self._runs = Runs(_load(setting, folder, dtype), folder, release=True)
+        self.engine = self._runs.engine
+        self.audio_s = _write_recordings(self._runs, count, minutes)
 
     def compare(self, **options: Any) -> Compared:
         """Let upstream transcribe the recordings one after the other, then the engine all of them at once."""
-        parsed = parse_options(options)
         began = time.perf_counter()
-        theirs = [self._upstream(n, parsed) for n in range(self._count)]
+        theirs = [self._upstream(n, options) for n in range(self._count)]
         upstream_s = time.perf_counter() - began
         windows, began = self.engine.counters.windows, time.perf_counter()
-        ours = self._at_once(parsed)
+        ours = self._at_once(options)
         engine_s = time.perf_counter() - began
         different, score_difference = 0, 0.0
         for one, other in zip(ours, theirs, strict=True):
@@ -107,16 +101,18 @@ class Engines:
             score_difference=score_difference,
         )
 
-    def _upstream(self, number: int, parsed: dict[str, Any]) -> dict[str, Any]:
-        pcm = np.fromfile(self._spool / str(number) / "audio.pcm", "<i2").astype(np.float32) / 32768
+    def _upstream(self, number: int, options: dict[str, Any]) -> dict[str, Any]:
+        pcm, parsed = self._runs.samples(str(number)), parse_options(options)
         arguments = {name: parsed[name] for name in DEFAULTS} | {"temperature": tuple(parsed["temperature"])}
         result: dict[str, Any] = whisper.transcribe(self._whisper, pcm, fp16=False, verbose=None, **arguments)
         return result
 
-    def _at_once(self, parsed: dict[str, Any]) -> list[dict[str, Any]]:
+    def _at_once(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
         threads = [
-            threading.Thread(target=lambda n=n: found.update({n: self._run(n, parsed).transcribe().to_wire()}))
+            threading.Thread(
+                target=lambda n=n: found.update({n: self._runs.run(str(n), options).transcribe().to_wire()})
+            )
             for n in range(self._count)
         ]
         for thread in threads:
@@ -125,31 +121,19 @@ class Engines:
             thread.join()
         return [found[n] for n in range(self._count)]
 
-    def _run(self, number: int, parsed: dict[str, Any]) -> Run:
-        order = Transcribe(
-            run=number, generation=1, folder=str(number), options=parsed, interactive=False, truncated=False,
-            journal=0, told=0,
-        )  # fmt: skip
-        return Run(
-            order, spool=self._spool, engine=self.engine, speech=self._speech, fast_windows=8,
-            mel_worker=self._mel_worker, send=lambda message: None, on_step=lambda: None,
-        )  # fmt: skip
-
 
 def _load(setting: str, folder: Path, dtype: str) -> LoadedModel:
     return load(setting, cache_dir=folder, device="auto", dtype=dtype, on_step=lambda: None, environ=os.environ)
 
 
-def _write_recordings(folder: Path, count: int, minutes: float) -> float:
+def _write_recordings(runs: Runs, count: int, minutes: float) -> float:
     """Write `count` folders with PCM of different lengths, cut from spoken text at different places."""
-    speech = np.concatenate([np.frombuffer(path.read_bytes()[44:], "<i2") for path in speak(folder)])
+    speech = np.concatenate([np.frombuffer(path.read_bytes()[44:], "<i2") for path in speak(runs.spool)])
     total = 0
     for n in range(count):
         length = int(_RATE * (minutes * 60 if minutes else _LENGTHS_S[n % len(_LENGTHS_S)]))
-        (folder / str(n)).mkdir()
         start = n * len(speech) // count
-        pcm = np.resize(np.roll(speech, -start), length)
-        pcm.tofile(folder / str(n) / "audio.pcm")
+        runs.record(str(n), np.resize(np.roll(speech, -start), length))
         total += length
     return total / _RATE
 

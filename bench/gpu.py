@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +26,9 @@ from whisper.model import ModelDimensions
 from bench import planted
 from bench.recordings import SAMPLE
 from bench.report import Row, describe_machine, format_head, format_row
+from bench.runs import Runs
 from whisperd.model import substitutes
-from whisperd.model.engine import Engine
-from whisperd.model.loading import LoadedModel, load
-from whisperd.model.run import Run
-from whisperd.model.speech import SpeechDetector
-from whisperd.model.worker import Worker
-from whisperd.protocol.helper_messages import HelperMessage, Transcribe
+from whisperd.model.loading import load
 from whisperd.protocol.options import DEFAULTS, parse_options
 
 OPTIONS = {"language": "en", "condition_on_previous_text": False, "temperature": 0}
@@ -40,54 +36,15 @@ OPTIONS = {"language": "en", "condition_on_previous_text": False, "temperature":
 GOALS = {"turbo": (1500, 70), "large-v3": (600, 150)}
 
 
-class Subject:
-    """A loaded model, its engine, and recordings of noise to give it."""
-
-    def __init__(self, model: LoadedModel, folder: Path) -> None:
-        self.model = model
-        self.engine = Engine(model, on_step=lambda: None)
-        self._folder = folder
-        self._mel_worker = Worker("mel")
-        self._speech = SpeechDetector()
-
-    def record(self, name: str, pcm: np.ndarray) -> None:
-        """Put 16 kHz s16le samples where a run finds them."""
-        (self._folder / name).mkdir(exist_ok=True)
-        pcm.astype("<i2").tofile(self._folder / name / "audio.pcm")
-
-    def run(self, name: str, *, interactive: bool = False, hear: Callable[[HelperMessage], None] | None = None) -> Run:
-        """Return a run of a recording that has not begun."""
-        options = parse_options(OPTIONS)
-        order = Transcribe(
-            run=1,
-            generation=1,
-            folder=name,
-            options=options,
-            interactive=interactive,
-            truncated=False,
-            journal=0,
-            told=0,
-        )
-        return Run(
-            order,
-            spool=self._folder,
-            engine=self.engine,
-            speech=self._speech,
-            fast_windows=8,
-            mel_worker=self._mel_worker,
-            send=hear or (lambda message: None),
-            on_step=lambda: None,
-        )
-
-    def together(self, names: list[str]) -> float:
-        """Return how long transcribing these beside each other takes, in seconds."""
-        threads = [threading.Thread(target=self.run(name).transcribe) for name in names]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - started
+def together(runs: Runs, names: list[str]) -> float:
+    """Return how long transcribing these beside each other takes, in seconds."""
+    threads = [threading.Thread(target=runs.run(name, OPTIONS).transcribe) for name in names]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - started
 
 
 def noise(length_s: float, seed: int) -> np.ndarray:
@@ -114,7 +71,7 @@ def measure(name: str, dims: ModelDimensions, device: str, folder: Path, *, jobs
     peer_load_s = time.perf_counter() - started
     started = time.perf_counter()
     model = load(str(path), cache_dir=folder, device=device, dtype="auto", on_step=lambda: None, environ=os.environ)
-    subject = Subject(model, folder)
+    subject = Runs(model, folder)
     load_s = time.perf_counter() - started
     yield Row(
         what=f"{name}: load to ready against whisper.load_model",
@@ -126,16 +83,16 @@ def measure(name: str, dims: ModelDimensions, device: str, folder: Path, *, jobs
         subject.record(job, noise(length_s, number))
     one = noise(20, 99)
     subject.record("clip", one)
-    subject.together(names)  # warms up
+    together(subject, names)  # warms up
     upstream_s(peer, one)
     goal, window_goal_ms = GOALS.get(name, (0, 0))
     speeds, ratios, alone_s, peer_alone_s = [], [], [], []
     for _ in range(runs):
-        speed = jobs * length_s / subject.together(names)
+        speed = jobs * length_s / together(subject, names)
         peer_speed = length_s / upstream_s(peer, noise(length_s, 0))
         speeds.append(speed)
         ratios.append(speed / peer_speed)
-        alone_s.append(subject.together(["clip"]))
+        alone_s.append(together(subject, ["clip"]))
         peer_alone_s.append(upstream_s(peer, one))
     speed, alone = float(np.median(speeds)), float(np.median(alone_s))
     yield Row(
@@ -160,15 +117,15 @@ def measure(name: str, dims: ModelDimensions, device: str, folder: Path, *, jobs
     )
 
 
-def _interactive(name: str, subject: Subject, names: list[str], alone_s: float) -> Row:
+def _interactive(name: str, subject: Runs, names: list[str], alone_s: float) -> Row:
     """Return how long an interactive clip takes while the batch is full."""
-    full = threading.Thread(target=subject.together, args=(names,))
+    full = threading.Thread(target=together, args=(subject, names))
     before = subject.engine.counters.steps
     full.start()
     while subject.engine.counters.steps < before + 20 and full.is_alive():
         time.sleep(0.001)
     started = time.perf_counter()
-    subject.run("clip", interactive=True).transcribe()
+    subject.run("clip", OPTIONS, interactive=True).transcribe()
     beside_s = time.perf_counter() - started
     full.join()
     return Row(
@@ -192,11 +149,11 @@ def text(device: str, folder: Path) -> Row:
     model = load("demo", cache_dir=folder, device=device, dtype="float32", on_step=lambda: None, environ=os.environ)
     reference = load("demo", cache_dir=folder, device="cpu", dtype="float32", on_step=lambda: None, environ=os.environ)
     pcm = sample()
-    subject = Subject(model, folder)
+    subject = Runs(model, folder)
     subject.record("sample", pcm)
     arguments = {key: parse_options(OPTIONS)[key] for key in DEFAULTS} | {"temperature": 0.0, "fp16": False}
-    wanted = whisper.transcribe(reference.whisper, pcm.astype(np.float32) / 32768, **arguments)
-    same = [list(one.tokens) for one in subject.run("sample").transcribe().segments] == [
+    wanted = whisper.transcribe(reference.whisper, subject.samples("sample"), **arguments)
+    same = [list(one.tokens) for one in subject.run("sample", OPTIONS).transcribe().segments] == [
         list(one["tokens"]) for one in wanted["segments"]
     ]
     return Row(what="tiny.en, the sample: tokens are openai-whisper's", goal="equal", measured=str(same), met=same)

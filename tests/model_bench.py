@@ -6,59 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import whisper
 
+from bench.runs import Runs
+from tests.support import speak
 from whisperd.model import substitutes
-from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
-from whisperd.model.speech import SpeechDetector
-from whisperd.model.worker import Worker
-from whisperd.protocol.helper_messages import HelperMessage, Transcribe
+from whisperd.protocol.helper_messages import HelperMessage
 from whisperd.protocol.options import DEFAULTS, parse_options
 
 
-class Bench:
-    """A loaded model with its workers; makes runs of recordings in one spool folder."""
+class Bench(Runs):
+    """Runs that keep what they send, and upstream's answers to compare them with."""
 
     def __init__(self, model: LoadedModel, spool: Path, *, release: bool = False) -> None:
-        self.model = model
         self.on_step: Callable[[], None] = lambda: None
-        self.engine = Engine(model, on_step=lambda: self.on_step(), release=release)
-        self.spool = spool
-        self._mel_worker = Worker("mel")
-        self._speech = SpeechDetector()
+        super().__init__(model, spool, on_step=lambda: self.on_step(), release=release, fast_windows=3)
         self._upstream: dict[str, dict[str, Any]] = {}
 
-    def run(
+    def begin(
         self, folder: str = "speech", *, journal: int = 0, told: int = 0, **options: Any
     ) -> tuple[Run, list[HelperMessage]]:
         """Return a run that has not begun, and the list in which what it sends will be."""
         sent: list[HelperMessage] = []
-        order = Transcribe(
-            run=1,
-            generation=1,
-            folder=folder,
-            options=parse_options(options),
-            interactive=False,
-            truncated=False,
-            journal=journal,
-            told=told,
-        )
-        run = Run(
-            order,
-            spool=self.spool,
-            engine=self.engine,
-            speech=self._speech,
-            fast_windows=3,
-            mel_worker=self._mel_worker,
-            send=sent.append,
-            on_step=lambda: None,
-        )
-        return run, sent
+        return self.run(folder, options, journal=journal, told=told, send=sent.append), sent
 
     def upstream(self, folder: str = "speech", **options: Any) -> dict[str, Any]:
         """Return what `whisper.transcribe` gives for the real model and the same samples (computed once)."""
@@ -74,10 +48,9 @@ class Bench:
         return plain(self.upstream(folder, **options), words=words)
 
     def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
-        pcm = np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
         arguments = {name: parsed[name] for name in DEFAULTS}
         arguments |= {"temperature": tuple(parsed["temperature"]), "fp16": False}
-        result: dict[str, Any] = whisper.transcribe(self.model.whisper, pcm, **arguments)
+        result: dict[str, Any] = whisper.transcribe(self.model.whisper, self.samples(folder), **arguments)
         return result
 
     def hooks(self) -> int:
@@ -130,6 +103,20 @@ def check_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None
     """Segments are equal, their scores within 1e-4."""
     assert exact_part(ours) == exact_part(theirs)
     assert scores(ours) == pytest.approx(scores(theirs), abs=1e-4)
+
+
+def speak_into(spool: Path, text: str, **seconds: float) -> None:
+    """Put spoken `text` into the spool's folder `speech`, and its first seconds into others."""
+    speech = speak(text, spool / "speech.wav").read_bytes()[44:]
+    first = {name: speech[: 2 * round(16_000 * length_s)] for name, length_s in seconds.items()}
+    write_folders(spool, speech=speech, **first)
+
+
+def write_folders(spool: Path, **recordings: bytes) -> None:
+    """Put recordings (16 kHz s16le) where runs of these folders find them."""
+    for folder, pcm in recordings.items():
+        (spool / folder).mkdir()
+        (spool / folder / "audio.pcm").write_bytes(pcm)
 
 
 def open_bench(setting: str, spool: Path) -> Bench:

@@ -332,6 +332,16 @@ class Daemon:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def client_as(daemon: Daemon, uid: int) -> RawClient:
+    """Connect as somebody else (as root): the kernel notes who connects, not who sends."""
+    daemon.folder.chmod(0o755)
+    os.seteuid(uid)
+    try:
+        return daemon.client()
+    finally:
+        os.seteuid(0)
+
+
 @contextmanager
 def running_daemon(*, wait: bool = True, ready: bool = False, **settings: Any) -> Iterator[Daemon]:
     """Start a daemon for a `with` block (or a fixture of a module's own); its log is printed where something raises."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support import Daemon, RawClient, error_of, requires_root, submit
+from tests.support import Daemon, client_as, error_of, requires_root, submit
 from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.config import Config
 from whisperd.protocol.errors import WhisperdError
@@ -90,16 +89,6 @@ def test_background_floods_leave_room_for_interactive_jobs_of_others(users: int)
 
 
 # --- a daemon and two users ---
-
-
-def client_as(daemon: Daemon, uid: int) -> RawClient:
-    """Connect as somebody else: the kernel notes who connects, not who sends."""
-    daemon.folder.chmod(0o755)
-    os.seteuid(uid)
-    try:
-        return daemon.client()
-    finally:
-        os.seteuid(0)
 
 
 @requires_root

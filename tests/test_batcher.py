@@ -14,8 +14,8 @@ import torch
 from whisper.decoding import DecodingOptions
 
 from tests import models
-from tests.model_bench import Bench, check_same, open_bench
-from tests.support import requires_program, speak, wait_until, word_error_rate
+from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
+from tests.support import requires_program, wait_until, word_error_rate
 from whisperd.model.batch.batcher import Batcher, Limits, Request
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window
@@ -43,10 +43,8 @@ JOBS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spool = tmp_path_factory.mktemp("spool")
-    speech = speak(TEXT, spool / "speech.wav").read_bytes()[44:]
-    for folder, pcm in (("speech", speech), ("silence", bytes(2 * 16_000 * 65))):
-        (spool / folder).mkdir()
-        (spool / folder / "audio.pcm").write_bytes(pcm)
+    speak_into(spool, TEXT)
+    write_folders(spool, silence=bytes(2 * 16_000 * 65))
     return spool
 
 
@@ -73,7 +71,7 @@ def at_once(runs: list[Run]) -> list[Transcript]:
 def test_runs_beside_each_other_say_what_upstream_says(tiny: Bench, count: int) -> None:
     jobs = [JOBS[n % len(JOBS)] for n in range(count)]
     random.Random(count).shuffle(jobs)
-    runs = [tiny.run(**options)[0] for options in jobs]
+    runs = [tiny.begin(**options)[0] for options in jobs]
     for run in runs[::4]:
         run.turn.interactive = True
     counters = tiny.engine.counters
@@ -91,7 +89,7 @@ def test_a_window_seen_before_is_not_decoded_again(tiny: Bench) -> None:
     options = {"temperature": 0, "condition_on_previous_text": False, "no_speech_threshold": None}
     counters = tiny.engine.counters
     windows, reused = counters.windows, counters.reused
-    transcript = tiny.run("silence", **options)[0].transcribe()
+    transcript = tiny.begin("silence", **options)[0].transcribe()
     assert (counters.windows - windows, counters.reused - reused) == (2, 1)
     assert [segment.tokens for segment in transcript.segments] == [
         segment["tokens"] for segment in tiny.upstream("silence", **options)["segments"]
@@ -106,7 +104,7 @@ def test_bfloat16_hears_the_same_words(spool: Path) -> None:
     except WhisperdError as error:
         pytest.skip(error.message)
     bench = Bench(model, spool, release=True)
-    transcript = bench.run(temperature=0, word_timestamps=True)[0].transcribe()
+    transcript = bench.begin(temperature=0, word_timestamps=True)[0].transcribe()
     assert word_error_rate(TEXT, transcript.text) < 0.15
     assert all(segment.words for segment in transcript.segments)
 

@@ -22,6 +22,7 @@ from tests.support import (
     PLAIN_OPTIONS,
     Daemon,
     RawClient,
+    client_as,
     error_of,
     requires_root,
     running_daemon,
@@ -139,7 +140,7 @@ def test_one_user_may_not_take_all_copiers_but_an_admin_may(
 ) -> None:
     daemon = start_daemon(model=NO_MODEL, copiers=3, copies_per_user=1, socket_mode="0666")
     for uid, copies in ((0, 2), (65534, 1)):
-        with client_of(daemon, uid) as client, recording().open("rb") as file:
+        with client_as(daemon, uid) as client, recording().open("rb") as file:
             # Every copier that there is stands still, so that each copy occupies one.
             pending = []
             for _ in range(2):
@@ -154,16 +155,6 @@ def test_one_user_may_not_take_all_copiers_but_an_admin_may(
                 copier.resume()
             for number in pending:
                 assert client.reply(number)["ok"]
-
-
-def client_of(daemon: Daemon, uid: int) -> RawClient:
-    """Connect as another user: the kernel tells the daemon who connected."""
-    daemon.folder.chmod(0o755)
-    os.seteuid(uid)
-    try:
-        return daemon.client()
-    finally:
-        os.seteuid(0)
 
 
 def test_helpers_that_do_not_start_fail_nobody(
@@ -394,7 +385,7 @@ def test_a_stranger_learns_nothing_and_changes_nothing(
 ) -> None:
     daemon = start_daemon(model=NO_MODEL, socket_mode="0666", admins=["65533"])
     path = recording()
-    with client_of(daemon, 1) as owner, client_of(daemon, 65534) as stranger, client_of(daemon, 65533) as admin:
+    with client_as(daemon, 1) as owner, client_as(daemon, 65534) as stranger, client_as(daemon, 65533) as admin:
         events = stranger.send("subscribe")
         assert stranger.reply(events)["ok"]
         job = submit(owner, path, key="mine")["id"]

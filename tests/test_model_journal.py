@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests import models
-from tests.model_bench import Bench, check_same, open_bench
-from tests.support import requires_program, speak
+from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
+from tests.support import requires_program
 from whisperd.model.journal import Journal, VoidJournal, fingerprint, read_journal
 from whisperd.protocol.helper_messages import MAX_JOURNAL_ENTRY_BYTES, HelperMessage, JournalEntry, Segments
 
@@ -22,9 +22,8 @@ SENTENCE = "Every morning the old man walked down to the river and counted the b
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a spool with `noise`, 100 s (four windows)."""
     spool = tmp_path_factory.mktemp("spool")
-    (spool / "noise").mkdir()
     samples = 3000 * np.random.default_rng(3).standard_normal(100 * 16_000)
-    samples.astype("<i2").tofile(spool / "noise" / "audio.pcm")
+    write_folders(spool, noise=samples.astype("<i2").tobytes())
     return spool
 
 
@@ -35,9 +34,7 @@ def micro(spool: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def tiny(spool: Path) -> Bench:
-    (spool / "speech").mkdir()
-    speech = speak(SENTENCE * 8, spool / "speech.wav").read_bytes()[44:]
-    (spool / "speech" / "audio.pcm").write_bytes(speech)
+    speak_into(spool, SENTENCE * 8)
     return open_bench("demo", spool)
 
 
@@ -57,7 +54,7 @@ def lay_out(bench: Bench, folder: str, journal: list[bytes]) -> None:
 def check_resumed(bench: Bench, folder: str, **options: Any) -> list[bytes]:
     """Cut a run off after each answer of the model, and compare; return the whole journal."""
     counters = bench.engine.counters
-    run, sent = bench.run(folder, **options)
+    run, sent = bench.begin(folder, **options)
     before = counters.windows
     whole = run.transcribe().to_wire() | {"timing": None}
     windows = counters.windows - before
@@ -69,7 +66,7 @@ def check_resumed(bench: Bench, folder: str, **options: Any) -> list[bytes]:
         # What was told goes with what was answered: of the segments after the last answer, none was told yet.
         place = sent.index(next(m for m in sent if isinstance(m, JournalEntry) and m.entry == journal[kept - 1]))
         said = len(segments(sent[: place if kept else 0]))
-        run, again = bench.run(folder, journal=kept, told=said, **options)
+        run, again = bench.begin(folder, journal=kept, told=said, **options)
         before = counters.windows
         transcript = run.transcribe().to_wire()
         assert transcript | own == whole | own, kept
@@ -111,14 +108,14 @@ def test_real_speech_goes_on_too(tiny: Bench, options: dict[str, Any]) -> None:
 def test_what_is_drawn_above_temperature_0_is_drawn_again(micro: Bench) -> None:
     results = []
     for _ in range(2):
-        run, _ = micro.run("noise", temperature=1.0, language="en")
+        run, _ = micro.begin("noise", temperature=1.0, language="en")
         results.append([segment.tokens for segment in run.transcribe().segments])
     assert results[0] == results[1]
     assert len({str(tokens) for tokens in results[0]}) > 1
 
 
 def test_a_resumed_run_reads_no_more_of_the_recording_than_it_needs(micro: Bench) -> None:
-    run, sent = micro.run("noise", language="en")
+    run, sent = micro.begin("noise", language="en")
     run.transcribe()
     journal = entries(sent)
     lay_out(micro, "noise", journal)
@@ -128,7 +125,7 @@ def test_a_resumed_run_reads_no_more_of_the_recording_than_it_needs(micro: Bench
         nonlocal steps
         steps += 1
 
-    run, _ = micro.run("noise", language="en", journal=len(journal), told=1000)
+    run, _ = micro.begin("noise", language="en", journal=len(journal), told=1000)
     micro.on_step = count
     try:
         run.transcribe()
@@ -138,10 +135,10 @@ def test_a_resumed_run_reads_no_more_of_the_recording_than_it_needs(micro: Bench
 
 
 def test_a_cancelled_run_is_not_replayed_to_its_end(micro: Bench) -> None:
-    run, sent = micro.run("noise", language="en")
+    run, sent = micro.begin("noise", language="en")
     run.transcribe()
     lay_out(micro, "noise", entries(sent))
-    run, again = micro.run("noise", language="en", journal=len(entries(sent)))
+    run, again = micro.begin("noise", language="en", journal=len(entries(sent)))
     run.turn.cancelled = True
     with pytest.raises(Exception, match="cancelled"):
         run.transcribe()
@@ -152,11 +149,11 @@ def test_a_cancelled_run_is_not_replayed_to_its_end(micro: Bench) -> None:
 
 
 def test_the_journal_of_other_work_is_void(micro: Bench) -> None:
-    run, sent = micro.run("noise", language="en")
+    run, sent = micro.begin("noise", language="en")
     run.transcribe()
     lay_out(micro, "noise", entries(sent)[:2])
     for options in ({"language": "de"}, {"language": "en", "temperature": 0.5}, {"language": "en", "beam_size": 2}):
-        run, again = micro.run("noise", journal=2, **options)
+        run, again = micro.begin("noise", journal=2, **options)
         with pytest.raises(VoidJournal, match="another one"):
             run.transcribe()
         assert not segments(again)

@@ -11,8 +11,8 @@ import pytest
 import whisper
 
 from tests import models
-from tests.model_bench import Bench, check_same, open_bench, plain
-from tests.support import requires_program, speak, word_error_rate
+from tests.model_bench import Bench, check_same, open_bench, plain, speak_into, write_folders
+from tests.support import requires_program, word_error_rate
 from whisperd.model.coverage import Coverage, length_s
 from whisperd.model.run import check_options, clips_of
 from whisperd.model.speech import Stretch
@@ -37,10 +37,7 @@ someone. Nobody ever asked him, and so nobody ever knew. The work is provided as
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a spool with `speech` (half a minute and more), `short` (a few seconds) and `nothing` (no samples)."""
     spool = tmp_path_factory.mktemp("spool")
-    speech = speak(TEXT, spool / "speech.wav").read_bytes()[44:]
-    for folder, pcm in (("speech", speech), ("short", speech[: 2 * 16_000 * 5]), ("nothing", b"")):
-        (spool / folder).mkdir()
-        (spool / folder / "audio.pcm").write_bytes(pcm)
+    speak_into(spool, TEXT, short=5, nothing=0)
     return spool
 
 
@@ -78,13 +75,13 @@ def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dic
     ids=["plain", "words", "clips", "beams", "silence"],
 )
 def test_tiny_en_says_what_upstream_says(tiny: Bench, options: dict[str, Any]) -> None:
-    run, sent = tiny.run(**options)
+    run, sent = tiny.begin(**options)
     check_equal(run.transcribe(), sent, tiny.upstream(**options), words=options.get("word_timestamps", False))
     assert tiny.hooks() == 0
 
 
 def test_the_words_are_those_that_were_spoken(base: Bench) -> None:
-    run, sent = base.run()
+    run, sent = base.begin()
     transcript = run.transcribe()
     check_equal(transcript, sent, base.upstream(), words=False)
     assert transcript.language == "en"
@@ -96,7 +93,7 @@ def test_the_words_are_those_that_were_spoken(base: Bench) -> None:
 
 @pytest.mark.parametrize("folder", ["short", "nothing"])
 def test_short_audio_and_none_at_all(base: Bench, folder: str) -> None:
-    run, sent = base.run(folder, word_timestamps=True)
+    run, sent = base.begin(folder, word_timestamps=True)
     transcript, upstream = run.transcribe(), base.upstream(folder, word_timestamps=True)
     if folder == "short":
         assert transcript.segments[0].words
@@ -108,7 +105,7 @@ def test_short_audio_and_none_at_all(base: Bench, folder: str) -> None:
 
 
 def test_a_language_and_a_task_reach_the_model(base: Bench) -> None:
-    run, sent = base.run("short", language="german", task="translate")
+    run, sent = base.begin("short", language="german", task="translate")
     upstream = base.upstream("short", language="german", task="translate")
     check_equal(run.transcribe(), sent, upstream, words=False)
     assert upstream["language"] == "de"
@@ -119,7 +116,7 @@ def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
         {"word_timestamps": True, "clip_timestamps": [20]},
         {"word_timestamps": True, "initial_prompt": "A notice about a work.", "clip_timestamps": [0, 12]},
     ]
-    runs = [tiny.run(**each) for each in options]
+    runs = [tiny.begin(**each) for each in options]
     transcripts: dict[int, Transcript] = {}
     threads = [
         threading.Thread(target=lambda n=n, run=run: transcripts.update({n: run.transcribe()}))
@@ -138,7 +135,7 @@ def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
 
 @pytest.mark.parametrize("where", ["while encoding", "while decoding", "while aligning"])
 def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
-    run, sent = tiny.run("short", word_timestamps=True)
+    run, sent = tiny.begin("short", word_timestamps=True)
     counters = tiny.engine.counters
     windows, tokens = counters.windows, counters.tokens
 
@@ -162,7 +159,7 @@ def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
     assert not any(isinstance(message, Segments) for message in sent)
     assert tiny.hooks() == 0
     assert whisper.model.MultiHeadAttention.use_sdpa
-    again, sent = tiny.run("short", word_timestamps=True)
+    again, sent = tiny.begin("short", word_timestamps=True)
     check_equal(again.transcribe(), sent, tiny.upstream("short", word_timestamps=True), words=True)
 
 
@@ -171,7 +168,7 @@ def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
 
 @pytest.mark.parametrize("clips", [[100], [100, 200], [4.9, 1e6], [0, 100]])
 def test_clips_beyond_the_end_end(tiny: Bench, clips: list[float]) -> None:
-    run, sent = tiny.run("short", clip_timestamps=clips)
+    run, sent = tiny.begin("short", clip_timestamps=clips)
     transcript = run.transcribe()
     if clips[0] >= 100:
         assert (transcript.text, transcript.segments) == ("", [])
@@ -181,7 +178,7 @@ def test_clips_beyond_the_end_end(tiny: Bench, clips: list[float]) -> None:
 
 def test_a_run_that_does_not_move_on_is_failed(tiny: Bench) -> None:
     # The same clip three times is what a loop looks like from outside.
-    run, _ = tiny.run("short", clip_timestamps=[0, 1, 0, 1, 0, 1, 0, 1])
+    run, _ = tiny.begin("short", clip_timestamps=[0, 1, 0, 1, 0, 1, 0, 1])
     with pytest.raises(WhisperdError, match="does not get past second 0") as raised:
         run.transcribe()
     assert raised.value.code == "internal"
@@ -196,7 +193,7 @@ def test_a_run_that_does_not_move_on_is_failed(tiny: Bench) -> None:
     ],
 )
 def test_what_tiny_en_cannot_do(tiny: Bench, options: dict[str, Any], words: str) -> None:
-    run, _ = tiny.run(**options)
+    run, _ = tiny.begin(**options)
     with pytest.raises(WhisperdError, match=words) as raised:
         run.transcribe()
     assert raised.value.code == "bad_request"
@@ -233,14 +230,12 @@ def with_silence(spool: Path) -> Path:
     speech = np.fromfile(spool / "speech" / "audio.pcm", "<i2")
     noise = (np.random.default_rng(5).standard_normal(35 * 16_000) * 60).astype("<i2")
     parts = (np.zeros(5 * 16_000, "<i2"), noise, speech[: 20 * 16_000], noise, speech[20 * 16_000 :])
-    for folder, pcm in (("between", np.concatenate(parts)), ("noise", noise)):
-        (spool / folder).mkdir()
-        (spool / folder / "audio.pcm").write_bytes(pcm.tobytes())
+    write_folders(spool, between=np.concatenate(parts).tobytes(), noise=noise.tobytes())
     return spool
 
 
 def test_fast_says_the_words_in_order_and_only_where_somebody_speaks(tiny: Bench, with_silence: Path) -> None:
-    run, sent = tiny.run("between", mode="fast")
+    run, sent = tiny.begin("between", mode="fast")
     transcript = run.transcribe()
     assert word_error_rate(TEXT, transcript.text) < 0.15
     starts = [segment.start for segment in transcript.segments]
@@ -259,7 +254,7 @@ def test_fast_says_the_words_in_order_and_only_where_somebody_speaks(tiny: Bench
 def test_fast_gives_the_same_however_many_windows_are_decoded_together(tiny: Bench, with_silence: Path) -> None:
     texts = []
     for at_once in (1, 5):
-        run, _ = tiny.run("between", mode="fast", temperature=0, initial_prompt="An old man, a river.")
+        run, _ = tiny.begin("between", mode="fast", temperature=0, initial_prompt="An old man, a river.")
         run._fast_windows = at_once
         texts.append(run.transcribe().to_wire()["segments"])
     check_same(*texts)
@@ -267,14 +262,14 @@ def test_fast_gives_the_same_however_many_windows_are_decoded_together(tiny: Ben
 
 @pytest.mark.parametrize("folder", ["noise", "nothing"])
 def test_fast_gives_no_text_where_nobody_speaks(base: Bench, with_silence: Path, folder: str) -> None:
-    run, _ = base.run(folder, mode="fast")
+    run, _ = base.begin(folder, mode="fast")
     transcript = run.transcribe()
     assert (transcript.text, transcript.segments) == ("", [])
     assert transcript.coverage == Coverage(speech_s=0, transcribed_s=0, gaps=[])
 
 
 def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:
-    run, _ = tiny.run("between", mode="fast", clip_timestamps="50,58")
+    run, _ = tiny.begin("between", mode="fast", clip_timestamps="50,58")
     segments = run.transcribe().segments
     assert segments
     assert all(49.5 <= segment.start <= segment.end <= 58.5 for segment in segments)
@@ -283,7 +278,7 @@ def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:
 def test_exact_tells_on_text_without_speech_and_leaves_it(tiny: Bench, with_silence: Path) -> None:
     # Without its threshold upstream writes something for noise.
     options = {"no_speech_threshold": None, "logprob_threshold": None, "temperature": 0}
-    run, _ = tiny.run("noise", **options)
+    run, _ = tiny.begin("noise", **options)
     transcript, upstream = run.transcribe(), tiny.upstream("noise", **options)
     assert transcript.text == upstream["text"] != ""
     assert [segment["speech"] for segment in transcript.to_wire()["segments"]] == [False] * len(upstream["segments"])
@@ -292,12 +287,12 @@ def test_exact_tells_on_text_without_speech_and_leaves_it(tiny: Bench, with_sile
 
 def test_exact_says_what_it_left_out(tiny: Bench, with_silence: Path) -> None:
     # Everything is taken for silence.
-    run, _ = tiny.run("speech", no_speech_threshold=-1.0, logprob_threshold=None, temperature=0)
+    run, _ = tiny.begin("speech", no_speech_threshold=-1.0, logprob_threshold=None, temperature=0)
     transcript = run.transcribe()
     assert transcript.segments == []
     assert transcript.coverage.transcribed_s == 0
     assert length_s(transcript.coverage.gaps) > 0.8 * transcript.coverage.speech_s > 20
-    run, _ = tiny.run("speech")
+    run, _ = tiny.begin("speech")
     assert run.transcribe().coverage.gaps == []
 
 

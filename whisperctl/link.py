@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 from whisperctl.connection import Connection, ConnectionLost, open_channel, seconds_left
@@ -82,11 +82,7 @@ class Link:
         else:
             patience = self._patience(min(patience_s, self._timeout_s), None)
         while True:
-            try:
-                connection = self._connection()
-            except DaemonUnreachable as error:
-                patience.pause_or_raise(error, hopeless=not self._met)
-                continue
+            connection = self._reach(patience, self._connection)
             try:
                 result = connection.request(op, params, descriptors, waits=waits, deadline=deadline)
             except ConnectionLost as error:
@@ -132,11 +128,7 @@ class Link:
         """
         patience = self._patience(self._reconnect_s, deadline)
         while True:
-            try:
-                channel = self._channel()
-            except DaemonUnreachable as error:
-                patience.pause_or_raise(error, hopeless=not self._met)
-                continue
+            channel = self._reach(patience, self._channel)
             try:
                 channel.send({"id": 1, "op": op, "params": dict(params)})
                 while True:
@@ -174,27 +166,21 @@ class Link:
             patience.over()
 
         while True:
+            channel = self._reach(patience, self._channel)
             try:
-                channel = self._channel()
-            except DaemonUnreachable as error:
-                patience.pause_or_raise(error, hopeless=not self._met)
-                continue
-            try:
-                return talk(channel, answered), channel
+                with ExitStack() as opened:
+                    opened.callback(channel.close)
+                    found = talk(channel, answered)
+                    opened.pop_all()
+                    return found, channel
             except TimeoutError:
-                channel.close()
                 raise
             except (EOFError, OSError, FrameError):
-                channel.close()
                 patience.pause_or_raise(_gone(self.path))
             except WhisperdError as error:
-                channel.close()
                 if error.code != ErrorCode.STOPPING:
                     raise
                 patience.pause_or_raise(error)
-            except BaseException:
-                channel.close()
-                raise
 
     def close(self) -> None:
         """End the connection and whatever waits on it."""
@@ -210,6 +196,14 @@ class Link:
             raise RuntimeError("this Client belongs to the process that made it; make a new Client after a fork")
         if self._closed.is_set():
             raise RuntimeError("this Client is closed; make a new one")
+
+    def _reach(self, patience: _Patience, connect: Callable[[], T]) -> T:
+        """Return what `connect` returns, once there is a daemon to connect to."""
+        while True:
+            try:
+                return connect()
+            except DaemonUnreachable as error:
+                patience.pause_or_raise(error, hopeless=not self._met)
 
     def _connection(self) -> Connection:
         self.check_usable()

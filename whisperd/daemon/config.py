@@ -178,7 +178,10 @@ class Config:
 
     # --- disk ---
     min_free_bytes: int = _setting(
-        512 * 2**20, "Free disk space below which a submit is refused as `storage_full`.", low=0
+        512 * 2**20,
+        "Free disk space below which a submit is refused as `storage_full`. Keep it above twice `ballast_bytes`: "
+        "with less, queued audio may take all room, and nothing is decoded until somebody makes some.",
+        low=0,
     )
     ballast_bytes: int = _setting(
         8 * 2**20,

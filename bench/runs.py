@@ -1,0 +1,78 @@
+"""Runs of the engine in this process, without a daemon: a loaded model, its workers, and a spool of recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whisperd.model.engine import Engine
+from whisperd.model.loading import LoadedModel
+from whisperd.model.run import Run
+from whisperd.model.speech import SpeechDetector
+from whisperd.model.worker import Worker
+from whisperd.protocol.helper_messages import HelperMessage, Transcribe
+from whisperd.protocol.options import parse_options
+
+
+class Runs:
+    """Makes runs of the recordings in one spool folder, all on one engine."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        spool: Path,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+        release: bool = False,
+        fast_windows: int = 8,
+    ) -> None:
+        self.model = model
+        self.spool = spool
+        self.engine = Engine(model, on_step=on_step, release=release)
+        self._fast_windows = fast_windows
+        self._mel_worker, self._speech = Worker("mel"), SpeechDetector()
+
+    def record(self, folder: str, pcm: np.ndarray | bytes) -> None:
+        """Put 16 kHz s16le samples where a run of that folder finds them."""
+        place = self.spool / folder
+        place.mkdir(exist_ok=True)
+        (place / "audio.pcm").write_bytes(pcm if isinstance(pcm, bytes) else pcm.astype("<i2").tobytes())
+
+    def samples(self, folder: str) -> np.ndarray:
+        """Return a recording as `whisper.load_audio` would: float32, -1 to 1."""
+        return np.fromfile(self.spool / folder / "audio.pcm", "<i2").astype(np.float32) / 32768
+
+    def run(
+        self,
+        folder: str,
+        options: Mapping[str, Any],
+        *,
+        interactive: bool = False,
+        journal: int = 0,
+        told: int = 0,
+        send: Callable[[HelperMessage], None] = lambda message: None,
+    ) -> Run:
+        """Return a run that has not begun; `options` as a client gives them."""
+        order = Transcribe(
+            run=1,
+            generation=1,
+            folder=folder,
+            options=parse_options(dict(options)),
+            interactive=interactive,
+            truncated=False,
+            journal=journal,
+            told=told,
+        )
+        return Run(
+            order,
+            spool=self.spool,
+            engine=self.engine,
+            speech=self._speech,
+            fast_windows=self._fast_windows,
+            mel_worker=self._mel_worker,
+            send=send,
+            on_step=lambda: None,
+        )
