@@ -27,7 +27,6 @@ from whisper.decoding import GreedyDecoder
 from bench.recordings import speak
 from bench.report import Bench, Row
 from bench.runs import Runs
-from whisperd.model import substitutes
 from whisperd.model.loading import LoadedModel, load
 from whisperd.protocol.options import DEFAULTS, parse_options
 
@@ -71,7 +70,6 @@ class Engines:
     def __init__(self, setting: str, folder: Path, *, count: int, minutes: float, dtype: str = "auto") -> None:
         self._count = count
         self._whisper = _load(setting, folder, "auto").whisper
-        substitutes.install()
         self._runs = Runs(_load(setting, folder, dtype), folder, release=True)
         self.engine = self._runs.engine
         self.audio_s = _write_recordings(self._runs, count, minutes)

@@ -27,7 +27,6 @@ from bench import planted
 from bench.recordings import SAMPLE
 from bench.report import Row, describe_machine, format_head, format_row
 from bench.runs import Runs
-from whisperd.model import substitutes
 from whisperd.model.loading import load
 from whisperd.protocol.options import DEFAULTS, parse_options
 
@@ -171,7 +170,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    substitutes.install()
     sizes = {"tiny": planted.TINY} if arguments.quick else {"turbo": planted.TURBO, "large-v3": planted.LARGE_V3}
     with tempfile.TemporaryDirectory(prefix="wb-") as place:
         folder = Path(place)

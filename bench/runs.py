@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
 from whisperd.model.run import Run
@@ -29,6 +30,7 @@ class Runs:
         release: bool = False,
         fast_windows: int = 8,
     ) -> None:
+        substitutes.install()  # else `transcribe` reads the whole file
         self.model = model
         self.spool = spool
         self.engine = Engine(model, on_step=on_step, release=release)

@@ -12,7 +12,6 @@ import whisper
 
 from bench.runs import Runs
 from tests.support import speak
-from whisperd.model import substitutes
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
 from whisperd.protocol.helper_messages import HelperMessage
@@ -123,5 +122,4 @@ def open_bench(setting: str, spool: Path) -> Bench:
     """Return the bench of a model, which computes with one thread."""
     # Two teams of threads on cores that others use too wait for each other.
     torch.set_num_threads(1)
-    substitutes.install()
     return Bench(load(setting, cache_dir=spool, device="cpu", dtype="auto", on_step=lambda: None, environ={}), spool)
