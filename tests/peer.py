@@ -140,13 +140,14 @@ class Peer:
                 if request.op in self.refuse:
                     raise self.refuse[request.op]
                 result = _OPERATIONS[request.op](self, request, channel, descriptors)
-                if result is not None:
-                    channel.send(ok_reply(request.id, result))
+                reply = None if result is None else ok_reply(request.id, result)
             except WhisperdError as error:
-                channel.send(error_reply(request.id, error))
+                reply = error_reply(request.id, error)
             finally:
-                for fd in descriptors:
+                for fd in descriptors:  # before the reply: who has it may count the descriptors of this process
                     os.close(fd)
+            if reply is not None:
+                channel.send(reply)
 
     # --- what the test makes happen ---
 

@@ -28,7 +28,8 @@ class Disk:
     @property
     def full(self) -> bool:
         """The ballast is in use (or could never be made): no new work is taken, what is there goes on."""
-        return self._ledger.full
+        # It is full at once, and has room once the loop knows how much: never both "not full" and "0 bytes free".
+        return self._ledger.full or self._was_full
 
     @property
     def problem(self) -> str | None:
@@ -48,7 +49,7 @@ class Disk:
         """Look for the first time, before the loop runs. Raises `OSError`."""
         self._ballast.make()
         self.free_bytes = free_bytes(self._config.state_dir)
-        self._was_full = self.full
+        self._was_full = self._ledger.full
 
     def refuse_when_full(self) -> None:
         """Raise `storage_full` while no new work can be taken."""
@@ -76,8 +77,8 @@ class Disk:
                 log.error("the state folder can%s be used error=%s", "not" if unusable else "", unusable or None)
             self._unusable = unusable
             self._loop.call_later(self._config.disk_check_s, self.look)
-            was_full, self._was_full = self._was_full, self.full
-            if was_full and not self.full:
+            was_full, self._was_full = self._was_full, self._ledger.full
+            if was_full and not self._was_full:
                 log.info("the disk has room again free_bytes=%d", self.free_bytes)
                 self._roomy()
 
