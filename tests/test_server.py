@@ -145,7 +145,7 @@ def test_descriptors_arrive_and_none_is_left_open(serve: Served) -> None:
         other.send_bytes(b"\0\0\0\5half", [file.fileno()] * 3)
         other.close()
         wait_until(lambda: serve.server.count == 1)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_pipelined_requests_are_all_answered_in_order(serve: Served) -> None:
