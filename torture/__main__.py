@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=2000, help="crowd: idle connections (default 2000)")
     parser.add_argument("--slow", type=int, default=200, help="crowd: slow connections (default 200)")
     parser.add_argument("--files", type=int, default=200, help="media: so many (default 200)")
-    parser.add_argument("--jobs", type=int, default=10_000, help="soak: so many (default 10,000)")
+    parser.add_argument("--jobs", type=int, default=10_000, help="soak: spread over the minutes (default 10,000)")
     arguments = parser.parse_args()
     names = list(SUBJECTS) if arguments.names == ["all"] else arguments.names or ["kills"]
     if unknown := [name for name in names if name not in SUBJECTS]:

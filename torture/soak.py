@@ -20,12 +20,16 @@ from torture.report import Report
 
 _AT_ONCE = 8
 _SAMPLES = 40
+_SHARE_OF_TIME = 0.98  # in which all jobs are begun: a batch that is late can be made up for
 # What may be added between the second quarter and the last: allocators settle.
 _GROWTH, _GROWTH_MB = 0.05, 4.0
 
 
 def soak(seed: int, jobs: int, minutes: float) -> Report:
-    """Do `jobs` jobs, or as many as `minutes` allow; each is forgotten after its end, so that nothing need grow."""
+    """Do `jobs` jobs spread evenly over `minutes`, or as many as the machine does in that time.
+
+    Each is forgotten after its end, so that nothing need grow.
+    """
     report = Report(f"soak, seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     samples: dict[str, list[float]] = defaultdict(list)
@@ -38,6 +42,8 @@ def soak(seed: int, jobs: int, minutes: float) -> Report:
             with target.daemon.client() as client:
                 every = max(1, jobs // _SAMPLES)
                 for done in range(0, jobs, _AT_ONCE):
+                    due = started + _SHARE_OF_TIME * minutes * 60 * done / jobs
+                    time.sleep(max(0.0, due - time.monotonic()))
                     _batch(client, recording, report)
                     if done % every < _AT_ONCE:
                         _sample(target, samples)
