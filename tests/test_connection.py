@@ -27,7 +27,8 @@ def connection(
     return Connection(
         open_requests=open_requests,
         max_output_bytes=max_output_bytes,
-        budget=budget or UserBudget(output_bytes=1 << 40, store_calls=1 << 20, soon=lambda fn: fn()),
+        budget=budget
+        or UserBudget(output_bytes=1 << 40, store_calls=1 << 20, requests=64, reads=16, soon=lambda fn: fn()),
         output=lambda: None,
     )
 
@@ -309,7 +310,9 @@ def test_events_that_nobody_reads_end_the_connection_but_a_large_reply_does_not(
 
 
 def test_a_users_connections_share_what_may_lie_unread() -> None:
-    budget = UserBudget(output_bytes=3 * MAX_REPLY_BYTES - 2000, store_calls=4, soon=lambda fn: fn())
+    budget = UserBudget(
+        output_bytes=3 * MAX_REPLY_BYTES - 2000, store_calls=4, requests=64, reads=16, soon=lambda fn: fn()
+    )
     deaf, quick = connection(budget=budget, max_output_bytes=1 << 30), connection(budget=budget)
     for conn in (deaf, quick):
         conn.receive(request(1, "subscribe") + request(2))
@@ -343,7 +346,7 @@ def test_a_users_connections_share_what_may_lie_unread() -> None:
 
 
 def test_a_user_who_keeps_the_store_busy_is_not_read_on() -> None:
-    budget = UserBudget(output_bytes=1 << 30, store_calls=4, soon=lambda fn: fn())
+    budget = UserBudget(output_bytes=1 << 30, store_calls=4, requests=64, reads=16, soon=lambda fn: fn())
     one, other = connection(budget=budget), connection(budget=budget)
     for _ in range(3):
         budget.began()

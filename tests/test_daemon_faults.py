@@ -31,7 +31,6 @@ from tests.support import (
     wait_until,
 )
 from whisperctl import Client
-from whisperd.daemon.descriptors import MAX_CLOSERS
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import NewJob, about
@@ -473,15 +472,15 @@ def test_a_file_system_that_does_not_answer_does_not_stop_the_loop(
 def test_files_that_cannot_be_closed_do_not_pile_up(
     start_daemon: Callable[..., Daemon], hanging: Callable[[], int], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=NO_MODEL)
+    daemon = start_daemon(model=NO_MODEL, closers=8)
     process = psutil.Process(daemon.pid)
     with daemon.client() as client, daemon.client() as hostile:
         threads = process.num_threads()
         hanging_fd = hanging()
-        for _ in range(MAX_CLOSERS + 10):
+        for _ in range(18):
             hostile.call("health", descriptors=[hanging_fd])
         wait_until(lambda: any("cannot be closed" in problem for problem in client.call("health")["problems"]))
-        assert process.num_threads() <= threads + MAX_CLOSERS
+        assert process.num_threads() <= threads + 8
         used = process.num_fds()
         for _ in range(20):
             hostile.call("health", descriptors=[hanging_fd])

@@ -28,7 +28,6 @@ from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.listener import Listener, SocketTakenError, open_listener
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.server import Peer, Server
-from whisperd.daemon.user_budget import SLICE
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import Raw, encode_body, encode_frame
 from whisperd.protocol.messages import Request
@@ -383,7 +382,7 @@ def test_who_is_unlimited_is_not_counted_per_user(folder: Path) -> None:
 
 @requires_root
 def test_a_crowd_of_one_user_lets_others_have_their_turn(folder: Path) -> None:
-    with served(folder) as serve:
+    with served(folder, turn_requests_per_user=40) as serve:
         folder.chmod(0o755)
         (folder / "s").chmod(0o666)
         crowd = [serve.client() for _ in range(50)]
@@ -405,7 +404,7 @@ def test_a_crowd_of_one_user_lets_others_have_their_turn(folder: Path) -> None:
         serve.do(while_the_loop_stands_still)
         wait_until(lambda: len(serve.requests) == before + 2001)
         order = [peer for peer, _ in serve.requests[before:]]
-        assert [peer.uid for peer in order].index(20_001) <= SLICE + 16
+        assert [peer.uid for peer in order].index(20_001) <= 40 + 16
         # Within a user they take turns as well, two rounds at the most; one by one, the last begins at 1,960.
         firsts = [order.index(peer) for peer in {peer.id: peer for peer in order}.values() if peer.uid == 0]
         assert max(firsts) <= 2 * 50 * 16
@@ -413,7 +412,7 @@ def test_a_crowd_of_one_user_lets_others_have_their_turn(folder: Path) -> None:
 
 @requires_root
 def test_a_few_users_cannot_take_all_connections(folder: Path) -> None:
-    with served(folder, max_connections=16, unlimited=lambda uid: uid == 0) as serve:
+    with served(folder, max_connections=16, admin_connections=5, unlimited=lambda uid: uid == 0) as serve:
         folder.chmod(0o755)
         (folder / "s").chmod(0o666)
 
@@ -435,7 +434,7 @@ def test_a_few_users_cannot_take_all_connections(folder: Path) -> None:
         assert list(taken.values()) == [9, 4, 2], "half of what was left, each"
         assert connect(20_004) is None
         assert connect(20_005) == "unavailable"
-        assert [connect(0) for _ in range(17)] == [None] * 16 + ["unavailable"]
+        assert [connect(0) for _ in range(6)] == [None] * 5 + ["unavailable"]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ HELPER_MESSAGES: Sequence[Mapping[str, Any]] = list(_helper_messages())
 
 def feed_connection(data: bytes, random: Random) -> None:
     """Give a connection these bytes in any pieces; each request is answered, refused, or left open, at random."""
-    budget = UserBudget(output_bytes=1 << 20, store_calls=64, soon=_now)
+    budget = UserBudget(output_bytes=1 << 20, store_calls=64, requests=64, reads=16, soon=_now)
     connection = Connection(open_requests=8, max_output_bytes=65_536, budget=budget, output=lambda: None)
     open_requests: list[int] = []
 

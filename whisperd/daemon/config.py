@@ -276,6 +276,13 @@ class Config:
         60.0, "Seconds without a chunk, all before answered, after which an upload is discarded.", low=0.1
     )
     decoders: int = _setting(2, "Processes that decode audio.", low=1, high=64)
+    decode_ahead: int = _setting(
+        8,
+        "Background recordings that are decoded ahead and wait for the model; decoded they take more room than as they "
+        "came.",
+        low=1,
+        high=1000,
+    )
     decode_cpu_s: int = _setting(3600, "CPU seconds that decoding one recording may take.", low=1)
     decode_memory_mb: int = _setting(1024, "Memory in MiB that decoding one recording may take.", low=256)
     decode_timeout_s: float = _setting(120.0, "Seconds without progress after which decoding is given up.", low=1)
@@ -283,13 +290,32 @@ class Config:
     # --- connections ---
     max_connections: int = _setting(
         4096,
-        "Connections in all (and 16 more for admins). One user has at most as many as are left for others.",
+        "Connections in all (`admin_connections` more for admins). One user may have as many as are left for others.",
         low=1,
         high=1_000_000,
+    )
+    admin_connections: int = _setting(
+        16, "Connections beyond `max_connections` that only admins may make.", low=0, high=10_000
+    )
+    refused_connections: int = _setting(
+        64,
+        "Connections beyond those bounds that are told why at a time; further ones are only closed.",
+        low=0,
+        high=10_000,
     )
     connections_per_user: int = _setting(1024, "Connections of one user (admins exempt).", low=1, high=1_000_000)
     open_requests: int = _setting(
         64, "Unanswered requests of one connection; then it is not read on.", low=1, high=4096
+    )
+    turn_requests_per_user: int = _setting(
+        64,
+        "Requests of one user, by all his connections, that are handled before others have their turn; 64 take two or "
+        "three milliseconds.",
+        low=1,
+        high=10_000,
+    )
+    turn_reads_per_user: int = _setting(
+        16, "Connections of one user that are read before others have their turn.", low=1, high=10_000
     )
     watches_per_user: int = _setting(
         2048, "Requests of one user that wait for jobs or follow them at a time (admins exempt).", low=1
@@ -305,6 +331,13 @@ class Config:
     )
     store_calls_per_user: int = _setting(
         256, "Requests of one user that wait for the queue's database; with more he is not read on.", low=2
+    )
+    closers: int = _setting(
+        32,
+        "Threads that close what clients passed. While all of them wait for file systems that do not answer, "
+        "recordings are taken as uploads only.",
+        low=1,
+        high=1024,
     )
     send_timeout_s: float = _setting(30.0, "Seconds that a client may leave waiting output unread.", low=0.1)
     frame_timeout_s: float = _setting(30.0, "Seconds that a frame may take from its first byte to its last.", low=0.1)

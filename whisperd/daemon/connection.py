@@ -27,8 +27,8 @@ from whisperd.protocol.messages import Pull, Request, Subscribe, error_reply, ok
 
 log = logging.getLogger("whisperd.connection")
 
-# A request needs one descriptor at most. A few more are let through, so that it can be told what it did wrong; beyond
-# that they are closed at once: half a frame must not make us hold hundreds.
+# The protocol's, so no setting: a request has one descriptor at most. A few more are let through, so that it can be
+# told what it did wrong; beyond that they are closed at once: half a frame must not make us hold hundreds.
 MAX_DESCRIPTORS = 4
 # Buffers below this are joined: a system call a buffer would cost more than the copy.
 _JOIN_BYTES = 64 * 1024

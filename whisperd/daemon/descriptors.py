@@ -16,10 +16,9 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-MAX_CLOSERS = 32  # closes that may hang at the same time
 _STUCK_S = 1.0
 
 _AT_EMPTY_PATH = 0x1000
@@ -49,20 +48,26 @@ def look_at(fd: int) -> Status:
     return Status(mode=mode, size_bytes=size_bytes)
 
 
-class _Closer:
-    """Closes descriptors in up to `MAX_CLOSERS` threads. Where all of them hang, what is to be closed waits."""
+class Closer:
+    """Closes descriptors in up to `threads` threads. Where all of them hang, what is to be closed waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most_threads = threads
+        self._clock = clock
         self._lock = threading.Lock()
         self._doomed: deque[int] = deque()
         self._threads = 0
-        self._moved_at = time.monotonic()
+        self._closing = 0  # threads that are at a descriptor; the others have none yet, or none any more
+        self._taken_at = clock()
 
     def close(self, fds: Iterable[int]) -> None:
+        """Close descriptors, soon. Never waits."""
         with self._lock:
             self._doomed.extend(fds)
-            # A thread for each, so that none waits behind one that hangs.
-            more = min(len(self._doomed), MAX_CLOSERS - self._threads)
+            # A thread for each, so that none waits behind one that hangs. Those that have only been started count: on
+            # a busy machine it takes many calls of this until they run.
+            idle = self._threads - self._closing
+            more = max(0, min(len(self._doomed) - idle, self.most_threads - self._threads))
             self._threads += more
         for started in range(more):
             try:
@@ -73,23 +78,32 @@ class _Closer:
                 return
 
     def stuck(self) -> bool:
+        """True when all threads have been at the same descriptors for a while, and more are to be closed."""
         with self._lock:
-            all_hang = self._threads == MAX_CLOSERS and bool(self._doomed)
-            return all_hang and time.monotonic() > self._moved_at + _STUCK_S
+            all_busy = self._closing >= self.most_threads and bool(self._doomed)
+            return all_busy and self._clock() > self._taken_at + _STUCK_S
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._moved_at = time.monotonic()
                 if not self._doomed:
                     self._threads -= 1
                     return
                 fd = self._doomed.popleft()
+                self._closing += 1
+                self._taken_at = self._clock()
             with contextlib.suppress(OSError):  # NFS may report a late error; the descriptor is closed all the same
                 os.close(fd)
+            with self._lock:
+                self._closing -= 1
 
 
-_closer = _Closer()
+_closer = Closer(threads=1)  # until the daemon says how many it may be
+
+
+def use_closers(threads: int) -> None:
+    """Let up to so many threads close (setting `closers`)."""
+    _closer.most_threads = threads
 
 
 def close_apart(fds: Iterable[int]) -> None:

@@ -82,7 +82,8 @@ class House:
             lambda freed: self._pool("decoder", config.decoders, config.decode_timeout_s, env, freed),
             self.ledger,
             loop,
-            config.full_disk_pause_s,
+            ahead=config.decode_ahead,
+            full_disk_pause_s=config.full_disk_pause_s,
         )
         self.weights = WeightsLane(
             lambda freed: self._pool("fetcher", 1, config.fetch_timeout_s, env, freed), loop, config, env

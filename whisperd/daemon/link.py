@@ -30,7 +30,7 @@ _READ_BYTES = 64 * 1024
 _FIRST_READ_BYTES = 8 * 1024
 # What one connection may do in one turn of the loop before the others have theirs.
 _WRITE_BYTES_A_TURN = 256 * 1024
-# Few, for a turn serves hundreds of connections; what is left is handled by and by (`Loop.call_soon`).
+# Few, for a turn serves hundreds of connections. Nobody is bound by it: what is left is handled by and by.
 _REQUESTS_A_TURN = 2
 # Room for as many descriptors as the kernel passes at once: a truncated message then means that we have run out.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(253 * array.array("i").itemsize)

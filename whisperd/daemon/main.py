@@ -20,6 +20,7 @@ import click
 
 from whisperd import __version__
 from whisperd.daemon.config import Config, ConfigError, load_config
+from whisperd.daemon.descriptors import use_closers
 from whisperd.daemon.handlers import dispatch
 from whisperd.daemon.house import House
 from whisperd.daemon.listener import Listener, SocketTakenError, inherited_listener, make_folder
@@ -211,6 +212,7 @@ class _Daemon:
             deliver=loop.call_soon_threadsafe,
             failed=self._storage_failed,
         )
+        use_closers(config.closers)
         self._house = house = House(loop, config, database)
         house.recover()
         # The socket comes last: who can connect finds a daemon that knows all its jobs.

@@ -26,10 +26,6 @@ log = logging.getLogger("whisperd.server")
 _ACCEPTS_A_TURN = 64
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _REARM_S = 1.0
-# Refused clients that may still be told why at a time; beyond that they are only hung up on.
-_MAX_REFUSED = 64
-# Beyond `max_connections`: an administrator must be able to look at a daemon that others have filled.
-_ADMINS_EXTRA = 16
 
 
 class Server:
@@ -133,7 +129,7 @@ class Server:
         uid = credentials[1]
         self._last_id += 1
         refusal = self._refusal(uid)
-        if refusal is not None and len(self._refused) >= _MAX_REFUSED:
+        if refusal is not None and len(self._refused) >= self.config.refused_connections:
             sock.close()
             return
         budget = self._budgets.get(uid) or self._new_budget()
@@ -161,13 +157,16 @@ class Server:
         return UserBudget(
             output_bytes=self.config.output_bytes_per_user,
             store_calls=self.config.store_calls_per_user,
+            requests=self.config.turn_requests_per_user,
+            reads=self.config.turn_reads_per_user,
             soon=self.loop.call_soon,
             turn=lambda: self.loop.turns,
         )
 
     def _refusal(self, uid: int) -> WhisperdError | None:
         unlimited, left = self._unlimited(uid), self.config.max_connections - len(self._links)
-        if left <= (-_ADMINS_EXTRA if unlimited else 0):
+        # An administrator must be able to look at a daemon that others have filled.
+        if left <= (-self.config.admin_connections if unlimited else 0):
             return WhisperdError(
                 ErrorCode.UNAVAILABLE,
                 f"whisperd has {self.config.max_connections} connections already (max_connections): try again later",

@@ -20,6 +20,7 @@ from whisperd.protocol.messages import MAX_UNANSWERED_CHUNKS, Chunk
 Reply = Callable[[Mapping[str, Any]], None]
 Fail = Callable[[WhisperdError], None]
 
+# No setting: the protocol promises 16 at most, and in line more than one would serve nobody.
 _MAX_UNANSWERED_IN_LINE = 1
 
 

@@ -14,25 +14,28 @@ from collections.abc import Callable
 
 from whisperd.protocol.frames import MAX_REPLY_BYTES
 
-SLICE = 64  # requests of one user in one turn of the loop: two or three milliseconds
-# Counted apart, so that who waits in line for his slice does not keep others of the same user from getting into it. A
-# read of nothing but small frames takes as long as some requests.
-_READS = 16
-
 
 class UserBudget:
-    """The budget of one user. `soon` calls a function in the loop's next turn, `turn` tells the number of this one."""
+    """The budget of one user: `requests` and `reads` are his slice of one turn of the loop.
+
+    They are counted apart, so that who waits in line for his slice does not keep others of the same user from getting
+    into it: a read of nothing but small frames takes as long as some requests.
+    `soon` calls a function in the loop's next turn, `turn` tells the number of this one.
+    """
 
     def __init__(
         self,
         *,
         output_bytes: int,
         store_calls: int,
+        requests: int,
+        reads: int,
         soon: Callable[[Callable[[], object]], None],
         turn: Callable[[], int] = lambda: 0,
     ) -> None:
         self.full = False  # nothing more is taken from him
         self._most_bytes, self._most_calls = output_bytes, store_calls
+        self._requests, self._reads = requests, reads
         self._soon, self._turn_now = soon, turn
         self._line: deque[Callable[[], object]] = deque()
         self._turn, self._handled, self._read = -1, 0, 0
@@ -46,13 +49,13 @@ class UserBudget:
         """Return whether one more request of this user is handled in this turn of the loop, and count it."""
         self._count_anew()
         self._handled += 1
-        return self._handled <= SLICE
+        return self._handled <= self._requests
 
     def may_read(self) -> bool:
         """Return whether one more of his connections is read in this turn, and count it."""
         self._count_anew()
         self._read += 1
-        return self._read <= _READS
+        return self._read <= self._reads
 
     def _count_anew(self) -> None:
         if self._turn != (turn := self._turn_now()):
@@ -67,7 +70,7 @@ class UserBudget:
     def _serve_line(self) -> None:
         line, self._line = self._line, deque()
         self._count_anew()
-        while line and self._handled < SLICE:
+        while line and self._handled < self._requests:
             line.popleft()()
         if line and not self._line:
             self._soon(self._serve_line)

@@ -31,7 +31,7 @@ from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd.lanes")
 
-_MAX_LOSSES = 3  # helpers that a copy may lose
+_MAX_LOSSES = 3  # helpers that a copy may lose; a promise, as for decoders and the model, so no setting
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -18,19 +18,26 @@ from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.lanes")
 
-# Background runs decoded and waiting: enough to keep the model busy, without a thousand recordings as PCM on disk.
-DECODE_AHEAD = 8
-
 
 class DecodeLane:
-    """Decodes queued runs by priority and in turns."""
+    """Decodes queued runs by priority and in turns, `ahead` background runs more than the model works on.
+
+    That keeps the model busy, without a thousand recordings as PCM on the disk.
+    """
 
     def __init__(
-        self, make_pool: Callable[[Callable[[], None]], Pool], ledger: Ledger, loop: Loop, full_disk_pause_s: float
+        self,
+        make_pool: Callable[[Callable[[], None]], Pool],
+        ledger: Ledger,
+        loop: Loop,
+        *,
+        ahead: int,
+        full_disk_pause_s: float,
     ) -> None:
         self.pool = make_pool(self.pump)
         self._ledger = ledger
         self._loop = loop
+        self._ahead = ahead
         self._full_disk_pause_s = full_disk_pause_s
         self._turns = Turns()
         self._generations = itertools.count(1)
@@ -80,7 +87,7 @@ class DecodeLane:
             if not run.row.decoded
             and run.row.id not in self._active
             and run.row.folder not in busy
-            and (ahead < DECODE_AHEAD or board.priority(run.row.id) is Priority.INTERACTIVE)
+            and (ahead < self._ahead or board.priority(run.row.id) is Priority.INTERACTIVE)
         ]
 
     def _start(self, run_id: int, priority: Priority) -> None:
