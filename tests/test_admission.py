@@ -25,6 +25,7 @@ CONFIG = Config(
     cache_dir=Path("/cache"),
     capacity=20,
     min_free_bytes=100,
+    ballast_bytes=0,
     spool_bytes_per_user=MIB,
 )
 APPLICANT = Applicant(uid=ANNA, unlimited=False, priority=BACKGROUND, size_bytes=10, spool_bytes=0)

@@ -17,7 +17,13 @@ from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 
 NO_MODEL = "/nowhere/model.pt"
-TINY: dict[str, Any] = {"min_free_bytes": 0, "disk_check_s": 0.2, "full_disk_pause_s": 0.5, "log_level": "warning"}
+TINY: dict[str, Any] = {
+    "min_free_bytes": 0,
+    "ballast_bytes": 4 * 2**20,
+    "disk_check_s": 0.2,
+    "full_disk_pause_s": 0.5,
+    "log_level": "warning",
+}
 
 pytestmark = requires_root
 
@@ -59,9 +65,10 @@ def test_a_full_disk_refuses_new_work_and_nothing_else(
 ) -> None:
     daemon = tiny(model=NO_MODEL)
     daemon.start()
-    assert ballast(daemon).stat().st_blocks * 512 == 8 * 2**20, "real blocks, not a hole"
+    assert ballast(daemon).stat().st_blocks * 512 == TINY["ballast_bytes"], "real blocks, not a hole"
     with daemon.client() as client:
-        jobs = [submit(client, recording(), key=f"k{n}") for n in range(3)]
+        first = recording()
+        jobs = [submit(client, first if n == 0 else recording(), key=f"k{n}") for n in range(3)]
         for job in jobs:
             wait_until(lambda job=job: client.call("result", job=job["id"])["job"]["audio_s"])
     assert daemon.stop() == 0
@@ -69,6 +76,9 @@ def test_a_full_disk_refuses_new_work_and_nothing_else(
     with daemon.client() as client:
         rubbish = filler(daemon)
         assert error_of(lambda: submit(client, recording())) == "storage_full"
+        # A key that is known takes no room: its file is only compared.
+        assert submit(client, first, key="k0")["id"] == jobs[0]["id"]
+        assert error_of(lambda: submit(client, recording(), key="k0")) == "key_conflict"
         # A `cancel` and a `forget` write; the ballast makes room for them.
         for job in jobs[:2]:
             assert client.call("cancel", job=job["id"])["job"]["state"] == "cancelled"

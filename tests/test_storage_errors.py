@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import Daemon, error_of, requires_program, submit, wait_until
 from tests.tracing import traced, wait_for_end
+from whisperd.protocol.errors import WhisperdError
 
 NO_MODEL = "/nowhere/model.pt"
 
@@ -117,6 +118,30 @@ def test_a_disk_that_fails_under_a_copy_refuses_the_submit(
     (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
     with daemon.client() as client:
         with traced(copier.pid, tmp_path / "trace", "-e", f"inject={call}:error=EIO"):
-            assert error_of(lambda: submit(client, recording(600))) == "internal"
+            with pytest.raises(WhisperdError, match=r"disk of the spool cannot be written.*administrator") as caught:
+                submit(client, recording(600))
+            assert caught.value.code == "internal"
         assert not list((daemon.state_dir / "spool").iterdir())
         assert submit(client, recording())["state"] == "queued"
+
+
+@requires_program("strace")
+def test_a_quota_that_is_used_up_is_a_full_disk(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In a copy, a decode, and a commit, of which SQLite says what it also says of a broken disk."""
+    daemon = start_daemon(model=NO_MODEL, copiers=1, decoders=1, full_disk_pause_s=0.5, disk_check_s=0.2)
+    (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
+    (decoder,) = wait_until(lambda: daemon.helpers("whisperd.audio.decoder"))
+
+    with daemon.client() as client:
+        with traced(copier.pid, tmp_path / "copy", "-e", "inject=write:error=EDQUOT"):
+            assert error_of(lambda: submit(client, recording())) == "storage_full"
+        with traced(decoder.pid, tmp_path / "decode", "-e", "inject=write:error=EDQUOT"):
+            job = submit(client, recording())
+            wait_until(lambda: "decoding waits" in str(client.call("health")["problems"]))
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
+        with traced(daemon.pid, tmp_path / "commit", "-e", "inject=pwrite64:error=EDQUOT"):
+            assert error_of(lambda: submit(client, recording())) == "storage_full"
+        assert submit(client, recording())["state"] == "queued"
+    assert daemon.stop() == 0

@@ -1,5 +1,7 @@
 """The copy helper: a client's descriptor → `<folder>/source` in the spool, hashed on the way and durable.
 
+Or only hashed, where a job of its key is there already and the question is whether it is of the same recording.
+
 It is a process of its own because reading can hang (NFS, FUSE) and because no byte is moved on the daemon's loop.
 It imports nothing heavy: a new one is ready in the time that bare Python takes.
 """
@@ -11,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from whisperd.audio.spoolfile import SpoolFile, new_source
+from whisperd.audio.spoolfile import new_source
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Copied, CopyIn
 from whisperd.protocol.helpers import start
@@ -28,9 +30,14 @@ def main() -> None:
     def perform(task: Task, order: CopyIn, descriptors: list[int]) -> Copied:
         (fd,) = descriptors
         total = os.fstat(fd).st_size
-        sha256, size_bytes = copy_in(
-            fd, spool, order.folder, max_bytes=max_bytes, on_chunk=lambda done: task.checkpoint(done, total)
-        )
+
+        def on_chunk(done: int) -> None:
+            task.checkpoint(done, total)
+
+        if order.keep:
+            sha256, size_bytes = copy_in(fd, spool, order.folder, max_bytes=max_bytes, on_chunk=on_chunk)
+        else:
+            sha256, size_bytes = _read_all(fd, lambda data: None, max_bytes, on_chunk)
         return Copied(run=order.run, generation=order.generation, sha256=sha256, size_bytes=size_bytes)
 
     serve(link, {CopyIn: perform})
@@ -43,25 +50,27 @@ def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Call
     trace of the copy is left then.
     """
     with new_source(spool, folder) as target:
-        sha256 = _copy(fd, target, max_bytes, on_chunk)
-    return sha256, target.size_bytes
+        return _read_all(fd, target.write, max_bytes, on_chunk)
 
 
-def _copy(fd: int, target: SpoolFile, max_bytes: int, on_chunk: Callable[[int], None]) -> str:
-    """Copy until the end of the file, wherever that is by then: what was read is what counts."""
-    digest = hashlib.sha256()
+def _read_all(
+    fd: int, write: Callable[[memoryview], None], max_bytes: int, on_chunk: Callable[[int], None]
+) -> tuple[str, int]:
+    """Read until the end of the file, wherever that is by then: what was read is what counts."""
+    digest, size_bytes = hashlib.sha256(), 0
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)
-    while count := _read(fd, buffer, target.size_bytes):
-        if target.size_bytes + count > max_bytes:
+    while count := _read(fd, buffer, size_bytes):
+        if size_bytes + count > max_bytes:
             raise WhisperdError(
                 ErrorCode.TOO_LARGE,
                 f"the recording has more than {max_bytes} bytes (setting max_source_bytes): cut it into parts",
             )
         digest.update(view[:count])
-        target.write(view[:count])
-        on_chunk(target.size_bytes)
-    return digest.hexdigest()
+        write(view[:count])
+        size_bytes += count
+        on_chunk(size_bytes)
+    return digest.hexdigest(), size_bytes
 
 
 def _read(fd: int, buffer: bytearray, offset: int) -> int:

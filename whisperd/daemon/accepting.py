@@ -26,6 +26,11 @@ def early_fingerprint(size_bytes: int, options: Mapping[str, Any]) -> bytes:
     return digest(["fd", size_bytes, dict(options)])
 
 
+def fingerprint_of(early: bytes, copied: Copied) -> bytes:
+    """Return the whole fingerprint: what a later submit of the same key must have again."""
+    return early + digest([copied.sha256])
+
+
 def outlives_client(params: Submit) -> bool:
     """True when a client that is gone can ask again by key and find its job: without one it never learns its id."""
     return params.key is not None and not params.attached
@@ -52,7 +57,7 @@ def accept(
         source=source_to_wire(params.source),
         options=params.options,
         fresh=params.fresh,
-        fingerprint=early + digest([copied.sha256]),
+        fingerprint=fingerprint_of(early, copied),
         share_key=share_key(house.config, peer.uid, copied.sha256, params.options, house.modelling.identity),
         folder=copy.folder,
         sha256=copied.sha256,

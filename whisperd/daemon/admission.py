@@ -58,11 +58,11 @@ def check_room(config: Config, applicant: Applicant, free_bytes: int) -> None:
 
 
 def _check_disk(config: Config, applicant: Applicant, free_bytes: int) -> None:
-    if free_bytes - applicant.size_bytes < config.min_free_bytes:
+    if free_bytes - applicant.size_bytes < config.kept_free_bytes:
         raise WhisperdError(
             ErrorCode.STORAGE_FULL,
-            f"{config.state_dir} has {free_bytes} bytes free, and {config.min_free_bytes} must stay free "
-            "(setting min_free_bytes): make room and submit again",
+            f"{config.state_dir} has {free_bytes} bytes free, and {config.kept_free_bytes} must stay free "
+            "(setting min_free_bytes, at least twice ballast_bytes): make room and submit again",
         )
 
 

@@ -179,8 +179,8 @@ class Config:
     # --- disk ---
     min_free_bytes: int = _setting(
         512 * 2**20,
-        "Free disk space below which a submit is refused as `storage_full`. Keep it above twice `ballast_bytes`: "
-        "with less, queued audio may take all room, and nothing is decoded until somebody makes some.",
+        "Free disk space below which a submit is refused as `storage_full`; twice `ballast_bytes`, if that is more, "
+        "else queued audio could take the room that decoding it wants.",
         low=0,
     )
     ballast_bytes: int = _setting(
@@ -352,6 +352,11 @@ class Config:
     helper_backoff_max_s: float = _setting(60.0, "Where that doubling ends.", low=0.01)
     cancel_grace_s: float = _setting(2.0, "Seconds that a helper has to obey a cancel before it is replaced.", low=0)
     stop_grace_s: float = _setting(8.0, "Seconds that a stop may take.", low=0)
+
+    @property
+    def kept_free_bytes(self) -> int:
+        """What submits and downloads leave free: below two ballasts nothing is decoded, which alone makes room."""
+        return max(self.min_free_bytes, 2 * self.ballast_bytes)
 
     @property
     def socket_mode_bits(self) -> int:

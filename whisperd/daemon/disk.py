@@ -41,7 +41,7 @@ class Disk:
             )
         if self._unusable:
             return f"{self._config.state_dir} cannot be used ({self._unusable}): submits are refused; look at its disk"
-        if self.free_bytes < self._config.min_free_bytes:
+        if self.free_bytes < self._config.kept_free_bytes:
             return f"{self._config.state_dir} is nearly full: submits are refused until there is room"
         return None
 

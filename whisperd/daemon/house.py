@@ -121,6 +121,7 @@ class House:
         address = None
         if role == "fetcher":
             settings = {"spool": str(self.ledger.spool.downloads), "cache_dir": str(config.cache_dir)}
+            settings["min_free_bytes"] = config.kept_free_bytes
             address = Path(config.fetch_socket) if config.fetch_socket else None
         names = {
             "copier": ("max_source_bytes",),
@@ -128,7 +129,7 @@ class House:
             "decoder": ("max_audio_s", "decode_cpu_s", "decode_memory_mb"),
             "fetcher": (
                 *("fetch_extractors", "fetch_allow_private", "fetch_cookies", "fetch_timeout_s", "fetch_limit_s"),
-                *("max_source_bytes", "max_audio_s", "min_free_bytes", "models_url"),
+                *("max_source_bytes", "max_audio_s", "models_url"),
             ),
         }
         package = "fetch" if role == "fetcher" else "audio"

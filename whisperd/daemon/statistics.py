@@ -90,7 +90,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "spool_bytes": disk["spool_bytes"],
         "database_bytes": disk["database_bytes"],
         "free_bytes": house.disk.free_bytes,
-        "min_free_bytes": config.min_free_bytes,
+        "min_free_bytes": config.kept_free_bytes,
         "connections": house.connections(),
         "daemon": {
             "pid": os.getpid(),

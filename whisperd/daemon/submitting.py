@@ -11,12 +11,13 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
+from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, fingerprint_of, outlives_client
 from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
 from whisperd.daemon.server import Peer
 from whisperd.daemon.store import key_conflict
+from whisperd.daemon.store.rows import Change, about
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied
@@ -111,7 +112,7 @@ class _Submission:
         key = self._params.key
         store, uid = self._house.ledger.store, self._peer.uid
         if key is None and self._house.is_admin(uid):  # nothing to look up
-            self._admit_and_copy(known=False)
+            self._admit_and_copy()
             return
 
         def then(found: tuple[Any, int]) -> None:
@@ -122,33 +123,86 @@ class _Submission:
             if row is not None and self._params.attached:
                 # A holder that comes back holds its job from now on, not only once its file is copied again.
                 self._house.hold(row["job_id"], self._peer)
-            self._admit_and_copy(known=row is not None)
+            if row is None:
+                self._admit_and_copy()
+            else:
+                self._compare()
 
         self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up, by=self._peer)
 
-    def _admit_and_copy(self, *, known: bool) -> None:
+    def _admit_and_copy(self) -> None:
         try:
-            self._house.refuse_when_stopping()
-            if not known:
-                uid, priority = self._peer.uid, self._params.priority
-                self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
-            if self._peer.closed and not outlives_client(self._params):
-                raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
+            self._refuse_when_useless()
+            uid, priority = self._peer.uid, self._params.priority
+            self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
         except WhisperdError as error:
             self._give_up(error)
             return
-        self._copy = Copy(
-            uid=self._peer.uid,
-            priority=self._params.priority,
+        self._copy = self._new_copy(
             descriptor=self._descriptor,
             size_bytes=self._size_bytes,
-            folder=self._house.ledger.spool.new_folder(),
-            client=None if outlives_client(self._params) else self._peer.id,
             progressed=lambda progress: self._grown(int(progress.done)),
             copied=self._copied,
             refused=self._fail,
         )
         self._house.copying.add(self._copy)
+
+    def _compare(self) -> None:
+        """The key has a job. Hash the file, to see whether it is that job's: this takes no room, however full it is."""
+        try:
+            self._refuse_when_useless()
+            descriptor = os.dup(self._descriptor)  # ours is for the copy, should the key be free by then
+        except WhisperdError as error:
+            self._give_up(error)
+            return
+        except OSError as error:
+            message = f"whisperd has no descriptor to spare ({error.strerror}): submit again under the same key"
+            self._give_up(WhisperdError(ErrorCode.UNAVAILABLE, message))
+            return
+        reading: Copy = self._new_copy(
+            descriptor=descriptor,
+            size_bytes=0,
+            keep=False,
+            copied=lambda copied: self._compared(reading, copied),
+            refused=self._give_up,
+        )
+        self._house.copying.add(reading)
+
+    def _compared(self, reading: Copy, copied: Copied) -> None:
+        house, params, key = self._house, self._params, self._params.key
+        store, uid, fingerprint = house.ledger.store, self._peer.uid, fingerprint_of(self._early, copied)
+        assert key is not None, "it was looked up"
+
+        def then(known: Change | None) -> None:
+            house.copying.settled(reading)
+            if known is None:  # its job has failed or was forgotten meanwhile
+                self._admit_and_copy()
+                return
+            close_apart([self._descriptor])
+            job, run = about(known)
+            if params.attached:
+                house.hold(job.id, self._peer)
+            self._reply({"job": house.board.show(job, run).to_wire(), "reused": True})
+
+        def refused(error: WhisperdError) -> None:
+            house.copying.settled(reading)
+            self._give_up(error)
+
+        house.ledger.read(lambda db, now: store.rejoin(db, uid, key, fingerprint, now), then, refused)
+
+    def _refuse_when_useless(self) -> None:
+        self._house.refuse_when_stopping()
+        if self._peer.closed and not outlives_client(self._params):
+            raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
+
+    def _new_copy(self, **how: Any) -> Copy:
+        return Copy(
+            uid=self._peer.uid,
+            priority=self._params.priority,
+            folder=self._house.ledger.spool.new_folder(),
+            client=None if outlives_client(self._params) else self._peer.id,
+            **how,
+        )
 
     def _grown(self, copied_bytes: int) -> None:
         """Count what a file has grown by since it was admitted, which may be beyond what its user may have."""

@@ -36,11 +36,15 @@ class Configure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyIn:
-    """To a copier, with one descriptor: copy it to `<folder>/source`, hash it, make it durable, answer `Copied`."""
+    """To a copier, with one descriptor: copy it to `<folder>/source`, hash it, make it durable, answer `Copied`.
+
+    Without `keep` it is only hashed, and nothing is written.
+    """
 
     run: int
     generation: int
     folder: str
+    keep: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

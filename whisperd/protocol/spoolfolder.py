@@ -11,19 +11,29 @@ from pathlib import Path
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+_FAILS = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
 @contextmanager
 def storage_errors(of: str = "the spool") -> Iterator[None]:
-    """Turn a full disk (or quota, or file size limit) into `storage_full`; other errors pass as they are."""
+    """Turn a full disk (or quota, or file size limit) into `storage_full`, and one that fails into `internal`.
+
+    Errors that say nothing of the disk pass as they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise WhisperdError(
-            ErrorCode.STORAGE_FULL, f"the disk of {of} is full ({error.strerror}): make room and try again"
-        ) from None
+        if error.errno in _FULL:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL, f"the disk of {of} is full ({error.strerror}): make room and try again"
+            ) from None
+        if error.errno in _FAILS:
+            raise WhisperdError(
+                ErrorCode.INTERNAL,
+                f"the disk of {of} cannot be written ({error.strerror}): an administrator must look at it (the kernel "
+                "logs more); try again once it is mended",
+            ) from None
+        raise
 
 
 def sync_folder(path: Path) -> None:

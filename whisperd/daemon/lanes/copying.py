@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
@@ -47,6 +48,7 @@ class Copy:
     descriptor: int | None
     size_bytes: int  # of an upload that does not tell: what has come so far
     folder: str
+    keep: bool = True  # False: it is read and hashed, and nothing is kept
     client: int | None  # the connection with which it ends, if it does not outlive its client
     started: Callable[[], None] = lambda: None
     progressed: Callable[[Progress], None] = lambda progress: None
@@ -164,13 +166,13 @@ class CopyLane:
         self._turns.serve(copy.priority, copy.uid)
         if copy.deadline is None:
             copy.deadline = self._loop.call_later(self._limit_s, lambda: self._late(copy))
-        order = CopyIn if copy.descriptor is not None else UploadBegin
+        name: dict[str, Any] = {"run": copy.ticket, "generation": 1, "folder": copy.folder}
         self.pool.run(
             Task(
                 run=copy.ticket,
                 generation=1,
                 priority=copy.priority,
-                message=order(run=copy.ticket, generation=1, folder=copy.folder),
+                message=UploadBegin(**name) if copy.descriptor is None else CopyIn(**name, keep=copy.keep),
                 descriptors=[] if copy.descriptor is None else [copy.descriptor],
                 progressed=lambda progress: copy.progressed(progress),
                 done=lambda message: self._answered(copy, message),

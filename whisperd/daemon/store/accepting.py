@@ -43,15 +43,11 @@ class Accepting(Moving):
         Raises `key_conflict`, or `not_found` for a key whose job is gone. On an error the caller deletes the folder;
         `Change.folders` says whether it is still needed.
         """
-        change = Change()
-        if new.key is not None and (known := self.known_key(db, new.uid, new.key, now)) is not None:
-            if known["fingerprint"] != new.fingerprint:
-                raise key_conflict(new.key)
-            change.job, change.reused = self.job(db, known["job_id"], uid=None), True
-            change.run = self._run(db, change.job.run_id)
+        if new.key is not None and (again := self.rejoin(db, new.uid, new.key, new.fingerprint, now)) is not None:
             if new.folder is not None:
-                change.folders.append(new.folder)
-            return change
+                again.folders.append(new.folder)
+            return again
+        change = Change()
         run = None if new.fresh else self._shareable_run(db, new)
         change.reused = run is not None
         if run is None:
@@ -68,6 +64,16 @@ class Accepting(Moving):
             )
         change.job, change.run = job, self._run(db, run.id)
         return change
+
+    def rejoin(self, db: sqlite3.Connection, uid: int, key: str, fingerprint: bytes, now: float) -> Change | None:
+        """Return the job of a key that is in force, or None. Changes nothing. Raises `key_conflict`, `not_found`."""
+        known = self.known_key(db, uid, key, now)
+        if known is None:
+            return None
+        if known["fingerprint"] != fingerprint:
+            raise key_conflict(key)
+        job = self.job(db, known["job_id"], uid=None)
+        return Change(job=job, run=self._run(db, job.run_id), reused=True)
 
     def retry(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None, model_key: ModelKey) -> Change:
         """Make a new job for the source of a failed or cancelled one; `Change.job` is the new one.
