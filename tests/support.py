@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -387,19 +386,3 @@ def speak(text: str, path: Path, voice: str = "slt") -> Path:
     need(shutil.which("flite") is not None, "the program flite (apt-get install flite)")
     subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], check=True, capture_output=True)
     return path
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text as a comparison wants them: lower case, no punctuation."""
-    return re.sub(r"[^\w\s']", " ", text.lower()).split()
-
-
-def word_error_rate(wanted: str, heard: str) -> float:
-    """Return the edit distance between the words of two texts, per word of `wanted`."""
-    reference, hypothesis = words(wanted), words(heard)
-    row = list(range(len(hypothesis) + 1))
-    for i, word in enumerate(reference, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
-    return row[-1] / max(1, len(reference))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from whisper.decoding import DecodingOptions
 
+from bench.words import word_error_rate
 from tests import models
 from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
-from tests.support import requires_program, wait_until, word_error_rate
+from tests.support import requires_program, wait_until
 from whisperd.model.batch.batcher import Batcher, Limits, Request
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window

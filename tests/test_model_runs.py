@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import whisper
 
-from tests import models
+from bench.weights import base_folder
+from bench.words import word_error_rate
 from tests.model_bench import Bench, check_same, open_bench, plain, speak_into, write_folders
-from tests.support import requires_program, word_error_rate
+from tests.support import requires_program
 from whisperd.model.coverage import Coverage, length_s
 from whisperd.model.run import check_options, clips_of
 from whisperd.model.speech import Stretch
@@ -48,7 +49,7 @@ def tiny(spool: Path) -> Bench:
 
 @pytest.fixture(scope="module")
 def base(spool: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return open_bench(str(models.base_folder(tmp_path_factory.mktemp("models"))), spool)
+    return open_bench(str(base_folder(tmp_path_factory.mktemp("models"))), spool)
 
 
 def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dict[str, Any], *, words: bool) -> None:
@@ -266,6 +267,13 @@ def test_fast_gives_no_text_where_nobody_speaks(base: Bench, with_silence: Path,
     transcript = run.transcribe()
     assert (transcript.text, transcript.segments) == ("", [])
     assert transcript.coverage == Coverage(speech_s=0, transcribed_s=0, gaps=[])
+
+
+def test_fast_ends_where_somebody_speaks_in_the_last_half_frame(tiny: Bench) -> None:
+    speech = (tiny.spool / "speech" / "audio.pcm").read_bytes()
+    tiny.record("cut", speech[: 2 * (8 * 16_000 + 120)])
+    run, _ = tiny.begin("cut", mode="fast", temperature=0)
+    assert run.transcribe().segments
 
 
 def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:

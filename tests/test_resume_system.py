@@ -10,8 +10,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tests.models import demo_folder, micro_checkpoint
+from tests.models import micro_checkpoint
 from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, wait_until
+from whisperd.model.loading import demo_folder
 
 MODEL = "whisperd.model.main"
 # No sentence twice: what repeats itself is tried again warmer, six times a window.

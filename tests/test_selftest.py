@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import whisperd
-from tests.models import demo_folder
 from tests.peer import Peer
 from tests.support import Daemon, need
 from whisperctl import Client
 from whisperctl.inspection import NAMES, Inspection, Step
+from whisperd.model.loading import demo_folder
 
 SPOKEN = (Path(whisperd.__file__).parent / "assets/sample.txt").read_text().strip()
 GOOD_STATS: dict[str, Any] = {

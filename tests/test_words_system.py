@@ -12,9 +12,10 @@ import torch
 import whisper
 
 import whisperd
-from tests.models import base_folder, demo_folder
-from tests.support import Daemon, RawClient, requires_program, running_daemon, speak, word_error_rate
-from whisperd.model.loading import load
+from bench.weights import base_folder
+from bench.words import word_error_rate
+from tests.support import Daemon, RawClient, requires_program, running_daemon, speak
+from whisperd.model.loading import demo_folder, load
 
 ASSETS = Path(whisperd.__file__).parent / "assets"
 TEXT = (

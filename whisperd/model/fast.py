@@ -83,9 +83,14 @@ def transcribe_windows(
         "carry_initial_prompt": options["initial_prompt"] is not None,
     }
 
+    # As in `upstream_options`: a clip that ends after the last whole frame never ends.
+    end_s = mel.content_frames / FRAMES_PER_SECOND
+
     def work(window: Stretch) -> WindowResult:
         result = transcribe(
-            proxy(f"{window.start_s:.3f}"), mel, **shared | {"clip_timestamps": [window.start_s, window.end_s]}
+            proxy(f"{window.start_s:.3f}"),
+            mel,
+            **shared | {"clip_timestamps": [window.start_s, min(window.end_s, end_s)]},
         )
         return WindowResult(text=result["text"], segments=result["segments"], end_s=window.end_s)
 
