@@ -1,4 +1,7 @@
-"""`python -m bench [--quick] [NAME...]`: measure and print one table. It takes about ten minutes; alone, please."""
+"""`python -m bench [--quick] [--peer-python PATH] [NAME...]`: measure and print one table.
+
+It takes an hour and wants the machine for itself.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,30 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import batch, latency, long_file, memory, overhead, pipeline, roundtrips, startup, submit
+from bench import (
+    engine,
+    latency,
+    leaks,
+    loading,
+    long_file,
+    memory,
+    overhead,
+    pipeline,
+    roundtrips,
+    startup,
+    submit,
+    urgent,
+)
 from bench.daemon import Failed
 from bench.report import Bench, Row, describe_machine, format_head, format_row
 
 SUBJECTS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
-    "batch": batch.measure,
+    "engine": engine.measure,
+    "options": engine.measure_options,
+    "alone": engine.measure_alone,
+    "urgent": urgent.measure,
+    "loading": loading.measure,
+    "leaks": leaks.measure,
     "startup": startup.measure,
     "memory": memory.measure,
     "roundtrips": roundtrips.measure,
@@ -32,6 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure whisperd and print a table.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure: {', '.join(SUBJECTS)}; all of them")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller: does it work, and about how fast")
+    parser.add_argument("--peer-python", default="", metavar="PATH", help="an interpreter that has faster-whisper")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in SUBJECTS]:
         parser.error(f"{unknown[0]!r} is none of {', '.join(SUBJECTS)}")
@@ -42,7 +64,7 @@ def main() -> int:
         print(f"{describe_machine(folder)}\n\n{format_head()}", flush=True)
         for name in arguments.names or SUBJECTS:
             print(f"measuring {name} (load {os.getloadavg()[0]:.1f}) ...", file=sys.stderr)
-            failed |= not _measure(SUBJECTS[name], Bench(folder / name, arguments.quick))
+            failed |= not _measure(SUBJECTS[name], Bench(folder / name, arguments.quick, arguments.peer_python))
     finally:
         shutil.rmtree(folder)
     return int(failed)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.daemon import THREADS, Failed, running_daemon
+from bench.children import Child
+from bench.daemon import THREADS, running_daemon
 from bench.recordings import length_s, speak
 from bench.report import Bench, Row
 from whisperctl import Client
@@ -76,35 +73,16 @@ def _ask_daemon(client: Client, file: Path) -> tuple[float, list[list[int]]]:
     return wall_s, [list(segment.tokens) for segment in transcript.segments]
 
 
-def _ask_upstream(process: subprocess.Popen[str], file: Path) -> tuple[float, list[list[int]]]:
-    assert process.stdin is not None
-    process.stdin.write(f"{file}\n")
-    process.stdin.flush()
-    answer = json.loads(_line(process))
-    return answer["wall_s"], answer["tokens"]
+def _ask_upstream(upstream: Child, file: Path) -> tuple[float, list[list[int]]]:
+    answer = upstream.ask(files=[str(file)], options={})
+    return answer["wall_s"], answer["said"][0]
 
 
-@contextmanager
-def _upstream(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def _upstream(folder: Path) -> Child:
     """Start openai-whisper in a process of its own, and show it at its best.
 
     Its OpenMP threads would spin while they wait for each other, as they do in a program's main thread by default:
     whatever else then runs on the machine makes it several times slower. In the model's helper they wait asleep.
     """
     command = [sys.executable, "-m", "bench.upstream", str(THREADS), str(NICE), str(folder)]
-    env = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    try:
-        _line(process)
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise Failed("openai-whisper ended; its message stands above (it needs the program ffmpeg)")
-    return line
+    return Child(command, {"OMP_WAIT_POLICY": "passive"})

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import wave
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +23,10 @@ from bench.daemon import Failed
 SAMPLE = Path(whisperd.__file__).parent / "assets" / "sample.flac"
 TEXT = Path(__file__).with_name("text.txt")
 _BLOCK_BYTES = 2**20
+RATE = 16_000  # of what is spoken
+_WAV_HEADER = 44  # bytes
+# flite's voices that tiny.en understands well.
+_VOICES = ("slt", "rms", "awb")
 _AAC_RATE, _AAC_FRAME = 16000, 1024  # samples a second, samples a packet
 
 
@@ -91,6 +99,41 @@ def speak(folder: Path) -> list[Path]:
         subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], check=True, capture_output=True)
         paths.append(path)
     return paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spoken:
+    """A recording (16 kHz s16le, mono) and what is said in it."""
+
+    pcm: bytes
+    text: str
+
+    @property
+    def length_s(self) -> float:
+        return len(self.pcm) / 2 / RATE
+
+
+def speak_sentences(text: str, lengths_s: Sequence[float]) -> Iterator[Spoken]:
+    """Speak recordings of about these lengths, in turn with different voices, whole sentences of the text each.
+
+    They go on where the one before ended, and from the end of the text at its beginning. Raises `Failed` without flite.
+    """
+    if shutil.which("flite") is None:
+        raise Failed("needs the program flite (apt-get install flite)")
+    sentences = itertools.cycle(_sentences(text))
+    for length_s, voice in zip(lengths_s, itertools.cycle(_VOICES)):
+        said, pcm = list[str](), bytearray()
+        while len(pcm) < 2 * RATE * length_s:
+            said.append(next(sentences))
+            command = ["flite", "-voice", voice, "-t", said[-1], "-o", "/dev/stdout"]
+            pcm += subprocess.run(command, check=True, capture_output=True).stdout[_WAV_HEADER:]
+        yield Spoken(pcm=bytes(pcm), text=" ".join(said))
+
+
+def _sentences(text: str) -> list[str]:
+    """Return what stands between full stops. Only what has a few words: headings and numbers are read in many ways."""
+    joined = re.sub(r"\s+", " ", re.sub(r"[^\w\s.,;:?!'-]|_", " ", text))
+    return [each for each in re.split(r"(?<=[.?!:]) ", joined) if len(re.findall(r"[A-Za-z]{2,}", each)) > 3]
 
 
 def length_s(path: Path) -> float:

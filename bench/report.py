@@ -31,10 +31,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every subject gets: a folder that is deleted afterwards, and whether a short run is wanted."""
+    """What every subject gets. The folder is deleted afterwards."""
 
     folder: Path
-    quick: bool
+    quick: bool  # a short run is wanted
+    peer_python: str = ""  # an interpreter that has faster-whisper
 
     def pick(self, full: int, quick: int) -> int:
         """Return how often (or how much), by the length of the run."""

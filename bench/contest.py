@@ -1,0 +1,146 @@
+"""Engines side by side: the same recordings and weights to each in turn, again and again, so that noise hits all."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.children import Child
+from bench.daemon import THREADS
+from bench.recordings import Spoken
+from bench.runs import Runs
+from bench.words import word_error_rate
+from whisperd.model.loading import load
+
+OURS, UPSTREAM = "whisperd", "openai-whisper"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What an engine made of some recordings: `said` has, of each, the tokens of its segments."""
+
+    wall_s: float
+    windows: int
+    texts: list[str]
+    said: list[list[list[int]]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(tokens) for segments in self.said for tokens in segments)
+
+
+# Transcribes the recordings in these folders of the spool.
+Contestant = Callable[[Sequence[str]], Heard]
+
+
+class Contest:
+    """One model, a spool of recordings, and the engines that were asked for so far. `close` ends their processes."""
+
+    def __init__(self, setting: str, folder: Path, recordings: Sequence[Spoken], *, peer_python: str = "") -> None:
+        torch.set_num_threads(THREADS)
+        self.setting = setting
+        self.recordings = {str(number): each for number, each in enumerate(recordings)}
+        self.peer_python = peer_python
+        self._spool = folder
+        self._stack = ExitStack()
+        self._runs: dict[str, Runs] = {}
+        self._children: dict[str, Child] = {}
+        for name, each in self.recordings.items():
+            (folder / name).mkdir()
+            (folder / name / "audio.pcm").write_bytes(each.pcm)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def runs(self, dtype: str = "auto") -> Runs:
+        """Return our engine, loaded once a type."""
+        if dtype not in self._runs:
+            model = load(
+                self.setting, cache_dir=self._spool, device="cpu", dtype=dtype, on_step=lambda: None, environ=os.environ
+            )
+            self._runs[dtype] = Runs(model, self._spool, release=True)
+        return self._runs[dtype]
+
+    def ours(self, dtype: str = "auto", **options: Any) -> Contestant:
+        """Return our engine: all recordings at once."""
+        runs = self.runs(dtype)
+        return lambda names: at_once(runs, names, options)
+
+    def upstream(self, **options: Any) -> Contestant:
+        """Return openai-whisper: one recording after the other."""
+        command = [sys.executable, "-m", "bench.upstream", str(THREADS), "0", str(self._spool), self.setting]
+        return self._ask(command, options=options)
+
+    def peer(self, compute_type: str, *, batched: bool, **options: Any) -> Contestant:
+        """Return faster-whisper: one recording after the other, the windows of each in a batch or not."""
+        script = Path(__file__).with_name("peer.py")
+        command = [self.peer_python, str(script), self.setting, str(THREADS), compute_type]
+        return self._ask(command, batched=batched, options=options)
+
+    def _ask(self, command: list[str], **request: Any) -> Contestant:
+        child = self._children.get(str(command)) or self._stack.enter_context(Child(command))
+        self._children[str(command)] = child
+
+        def transcribe(names: Sequence[str]) -> Heard:
+            return Heard(**child.ask(files=[str(self._spool / name / "audio.pcm") for name in names], **request))
+
+        return transcribe
+
+    def error_percent(self, heard: Heard, names: Sequence[str]) -> float:
+        """Return the word error rate over all these recordings, in percent."""
+        spoken = " ".join(self.recordings[name].text for name in names)
+        return 100 * word_error_rate(spoken, " ".join(heard.texts))
+
+    def audio_s(self, names: Sequence[str]) -> float:
+        return sum(self.recordings[name].length_s for name in names)
+
+
+def at_once(runs: Runs, names: Sequence[str], options: Mapping[str, Any]) -> Heard:
+    """Transcribe recordings beside each other, a thread each."""
+    found: dict[str, dict[str, Any]] = {}
+    threads = [
+        threading.Thread(target=lambda name=name: found.update({name: runs.run(name, options).transcribe().to_wire()}))
+        for name in names
+    ]
+    windows, began = runs.engine.counters.windows, time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Heard(
+        wall_s=time.perf_counter() - began,
+        windows=runs.engine.counters.windows - windows,
+        texts=[found[name]["text"] for name in names],
+        said=[[segment["tokens"] for segment in found[name]["segments"]] for name in names],
+    )
+
+
+def rounds(contestants: Mapping[str, Contestant], names: Sequence[str], times: int) -> dict[str, list[Heard]]:
+    """Let each transcribe these recordings so many times, in turn; before that one of them, to warm up."""
+    for contestant in contestants.values():
+        contestant(names[:1])
+    heard: dict[str, list[Heard]] = {name: [] for name in contestants}
+    for number in range(times):
+        for name in sorted(contestants, reverse=bool(number % 2)):
+            heard[name].append(contestants[name](names))
+    return heard
+
+
+def ratios(ours: Sequence[Heard], theirs: Sequence[Heard]) -> list[float]:
+    """Return, of each round, how many times as long they took; in ascending order."""
+    return sorted(their.wall_s / our.wall_s for our, their in zip(ours, theirs, strict=True))
+
+
+def median_s(heard: Sequence[Heard]) -> float:
+    """Return the median time."""
+    return statistics.median(each.wall_s for each in heard)

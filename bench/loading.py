@@ -1,0 +1,109 @@
+"""Load to ready, and the most memory it takes: `whisper.load_model` against ours, each in a process of its own.
+
+`python -m bench.loading ENGINE FILE CACHE` is one of those processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import planted
+from bench.daemon import THREADS, peak_rss_mb
+from bench.report import Bench, Row
+from bench.weights import base_folder, write_checkpoint
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    """Yield both, for checkpoints of different sizes. The files lie in the page cache."""
+    files = {"tiny.en": write_checkpoint("demo", bench.folder / "demo.pt")}
+    if not bench.quick:
+        files["base"] = write_checkpoint(str(base_folder(bench.folder)), bench.folder / "base.pt")
+        files["turbo's dimensions"] = _write_planted(bench.folder / "turbo.pt")
+    for name, path in files.items():
+        times = bench.pick(3 if "turbo" in name else 7, 2)
+        figures: dict[str, list[dict[str, float]]] = {"upstream": [], "ours": []}
+        for number in range(-1, times):  # one of each to warm the caches
+            for engine in figures:
+                command = [sys.executable, "-m", "bench.loading", engine, str(path), str(bench.folder)]
+                one = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                if number >= 0:
+                    figures[engine].append(one)
+        yield from _rows(name, figures)
+
+
+def _rows(name: str, figures: dict[str, list[dict[str, float]]]) -> Iterator[Row]:
+    def median(engine: str, key: str) -> float:
+        return statistics.median(one[key] for one in figures[engine])
+
+    ours_s, theirs_s = median("ours", "load_s"), median("upstream", "load_s")
+    runs = f"{len(figures['ours'])} of each, alternating"
+    yield Row(
+        what=f"load to ready against `whisper.load_model`, {name}",
+        goal="≥ 2 ×",
+        measured=f"{theirs_s / ours_s:.2f} ×: {ours_s:.2f} s (of it the weights {median('ours', 'weights_s'):.2f} s) "
+        f"against {theirs_s:.2f} s",
+        met=theirs_s >= 2 * ours_s,
+        runs=runs,
+    )
+    ours_mb, theirs_mb = median("ours", "peak_mb"), median("upstream", "peak_mb")
+    yield Row(
+        what=f"the process's peak memory after that, {name}",
+        goal="≤ 1.2 ×",
+        measured=f"{ours_mb / theirs_mb:.2f} ×: {ours_mb:.0f} against {theirs_mb:.0f} MB (after the imports alone "
+        f"{median('ours', 'imports_mb'):.0f} and {median('upstream', 'imports_mb'):.0f} MB)",
+        met=ours_mb <= 1.2 * theirs_mb,
+        runs=runs,
+    )
+
+
+def _write_planted(path: Path) -> Path:
+    model = planted.planted(planted.TURBO)
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    torch.save({"dims": vars(model.dims), "model_state_dict": weights}, path)
+    return path
+
+
+def _load_upstream(path: Path) -> dict[str, float]:
+    import whisper
+
+    imports_mb, started = peak_rss_mb(os.getpid()), time.perf_counter()
+    whisper.load_model(str(path), device="cpu")
+    return {"load_s": time.perf_counter() - started, "imports_mb": imports_mb}
+
+
+def _load_ours(path: Path, cache_dir: Path) -> dict[str, float]:
+    from whisperd.model.engine import Engine
+    from whisperd.model.loading import load
+
+    options: dict[str, Any] = {"device": "cpu", "dtype": "auto", "environ": os.environ, "on_step": lambda: None}
+    imports_mb, started = peak_rss_mb(os.getpid()), time.perf_counter()
+    model = load(str(path), cache_dir=cache_dir, **options)
+    loaded = time.perf_counter()
+    Engine(model, on_step=lambda: None, release=True)
+    return {
+        "load_s": time.perf_counter() - started,
+        "weights_s": loaded - started,
+        "imports_mb": imports_mb,
+    }
+
+
+def main() -> None:
+    """Load once, and print the figures as JSON."""
+    engine, path, cache_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(THREADS)
+    figures = _load_upstream(path) if engine == "upstream" else _load_ours(path, cache_dir)
+    print(json.dumps(figures | {"peak_mb": peak_rss_mb(os.getpid())}))
+
+
+if __name__ == "__main__":
+    main()
