@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,33 @@ def test_uploads_beyond_the_receivers_wait_their_turn(
             chunk(two, waiting, part)
         chunk(two, waiting, b"", last=True)
         assert taken(two, waiting)["job"]["state"] == "queued"
+
+
+def test_an_upload_that_trickles_keeps_its_receiver_only_while_nobody_waits(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, receivers=1, upload_timeout_s=1, upload_bytes_per_s=1000)
+    data = recording(1).read_bytes()
+    with daemon.client() as slow, daemon.client() as other:
+        number = begin(slow, None)
+
+        def trickle() -> str | None:
+            """Send a byte; return why it was not taken."""
+            answer = slow.reply(slow.send("chunk", upload=number, data=b"x", last=False))
+            return None if answer["ok"] else answer["error"]["message"]
+
+        until = time.monotonic() + 2.5
+        wait_until(lambda: trickle() or time.monotonic() > until)
+        assert trickle() is None, "a slow line is no fault"
+        waiting = begin(other, len(data))
+        wait_until(trickle)
+        with pytest.raises(WhisperdError, match="upload_bytes_per_s") as caught:
+            taken(slow, number)
+        assert caught.value.code == "timed_out"
+        for part in pieces(data):
+            chunk(other, waiting, part)
+        chunk(other, waiting, b"", last=True)
+        assert taken(other, waiting)["job"]["state"] == "queued"
 
 
 def test_all_bytes_there_and_a_key_outlive_their_client(

@@ -275,6 +275,12 @@ class Config:
     upload_timeout_s: float = _setting(
         60.0, "Seconds without a chunk, all before answered, after which an upload is discarded.", low=0.1
     )
+    upload_bytes_per_s: int = _setting(
+        4096,
+        "Slowest that an upload may come while others wait for its receiver, over `upload_timeout_s`; a slower one is "
+        "discarded. 0: they wait.",
+        low=0,
+    )
     decoders: int = _setting(2, "Processes that decode audio.", low=1, high=64)
     decode_ahead: int = _setting(
         8,

@@ -58,6 +58,8 @@ class _UploadSubmission:
             peer,
             request_id,
             timeout_s=house.config.upload_timeout_s,
+            bytes_per_s=house.config.upload_bytes_per_s,
+            crowded=lambda: house.receiving.crowded,
             check=self._check,
             send=self._send,
             failed=self._given_up,

@@ -28,7 +28,9 @@ class Upload:
     """The bytes of one upload, from its submit to its end.
 
     `check(chunk, received_bytes)` raises what ends the upload as a whole (too many bytes, say), `send(data, last)`
-    hands bytes to the receiver, `failed(error)` is called when the upload is to be given up.
+    hands bytes to the receiver, `failed(error)` is called when the upload is to be given up. While `crowded()`, at
+    least `bytes_per_s` must come, on average of `timeout_s`: else a few who send a byte now and then would keep all
+    receivers.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Upload:
         request_id: int,
         *,
         timeout_s: float,
+        bytes_per_s: float,
+        crowded: Callable[[], bool],
         check: Callable[[Chunk, int], None],
         send: Callable[[bytes, bool], None],
         failed: Callable[[WhisperdError], None],
@@ -47,11 +51,13 @@ class Upload:
         self.complete = False
         self.error: WhisperdError | None = None  # why it was given up
         self._loop, self._peer, self._timeout_s = loop, peer, timeout_s
+        self._bytes_per_s, self._crowded = bytes_per_s, crowded
         self._check, self._send, self._failed = check, send, failed
         self._started = False
         self._held: deque[Chunk] = deque()
         self._unanswered: deque[tuple[Reply, Fail]] = deque()
         self._silence: Timer | None = None
+        self._pace: Timer | None = None
         self._settle()
 
     def take(self, chunk: Chunk, reply: Reply, fail: Fail) -> None:
@@ -82,6 +88,7 @@ class Upload:
         while self._held:
             chunk = self._held.popleft()
             self._send(chunk.data, chunk.last)
+        self._watch_pace()
         self._settle()
 
     def written(self, received_bytes: int) -> None:
@@ -101,6 +108,8 @@ class Upload:
     def end(self, error: WhisperdError | None = None) -> None:
         """It is over, or (`error`) has failed."""
         self.complete = True
+        if self._pace is not None:
+            self._pace.cancel()
         self._held.clear()
         unanswered, self._unanswered = self._unanswered, deque()
         for _, fail in unanswered:
@@ -116,6 +125,26 @@ class Upload:
             self._silence = None
         if not self.complete and not self._unanswered:
             self._silence = self._loop.call_later(self._timeout_s, self._silent)
+
+    def _watch_pace(self) -> None:
+        """Look again after `timeout_s` how much has come since."""
+        before = self.received_bytes
+
+        def look() -> None:
+            too_slow = self.received_bytes - before < self._bytes_per_s * self._timeout_s
+            # With chunks that have no answer yet, it is the disk that is slow.
+            if too_slow and not self._unanswered and self._crowded():
+                self.give_up(
+                    WhisperdError(
+                        ErrorCode.TIMED_OUT,
+                        f"less than {self._bytes_per_s:g} bytes a second came while others waited (setting "
+                        "upload_bytes_per_s), so the upload was discarded: submit again when it can go faster",
+                    )
+                )
+            elif not self.complete:
+                self._watch_pace()
+
+        self._pace = self._loop.call_later(self._timeout_s, look)
 
     def _silent(self) -> None:
         message = f"no chunk came for {self._timeout_s:g} s (setting upload_timeout_s), so the upload was discarded"

@@ -100,6 +100,11 @@ class CopyLane:
         """Copies that have not begun."""
         return sum(not copy.active for copy in self._copies.values())
 
+    @property
+    def crowded(self) -> bool:
+        """True when a copy waits for nothing but a helper."""
+        return bool(self._ready())
+
     def counts(self) -> Counter[tuple[int, Priority]]:
         """Return how many copies wait or run, by user and priority: each is a job to be."""
         return Counter((copy.uid, copy.priority) for copy in (*self._copies.values(), *self._committing.values()))
@@ -149,17 +154,20 @@ class CopyLane:
     def pump(self) -> None:
         """Start what may start."""
         while True:
-            active = Counter(copy.uid for copy in self._copies.values() if copy.active)
-            ready = [
-                copy
-                for copy in self._copies.values()
-                if not copy.active and (active[copy.uid] < self._per_user or self._unlimited(copy.uid))
-            ]
+            ready = self._ready()
             waiting = [Waiting(id=c.ticket, uid=c.uid, priority=c.priority, order=c.ticket) for c in ready]
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=self.pool.busy)
             if chosen is None:
                 return
             self._start(self._copies[chosen.id])
+
+    def _ready(self) -> list[Copy]:
+        active = Counter(copy.uid for copy in self._copies.values() if copy.active)
+        return [
+            copy
+            for copy in self._copies.values()
+            if not copy.active and (active[copy.uid] < self._per_user or self._unlimited(copy.uid))
+        ]
 
     def _start(self, copy: Copy) -> None:
         copy.active = True
