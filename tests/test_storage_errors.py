@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support import Daemon, error_of, requires_program, submit, wait_until
+from tests.support import Daemon, error_of, requires_program, requires_root, submit, wait_until
 from tests.tracing import traced, wait_for_end
 from whisperd.protocol.errors import WhisperdError
 
@@ -123,6 +125,48 @@ def test_a_disk_that_fails_under_a_copy_refuses_the_submit(
             assert caught.value.code == "internal"
         assert not list((daemon.state_dir / "spool").iterdir())
         assert submit(client, recording())["state"] == "queued"
+
+
+@requires_root
+def test_a_state_folder_that_may_only_be_read_refuses_and_delays_and_loses_nothing(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    """Seen through a mount that is read-only, as the kernel refuses to turn one that is written to."""
+    daemon = make_daemon(model=NO_MODEL, decoders=1, disk_check_s=0.2, full_disk_pause_s=0.5)
+    state = daemon.state_dir
+    daemon.start()
+    with daemon.client() as client:
+
+        def decoded(job: dict[str, Any]) -> float | None:
+            audio_s: float | None = client.call("result", job=job["id"])["job"]["audio_s"]
+            return audio_s
+
+        def degraded() -> bool:
+            health = client.call("health")
+            return health["status"] == "degraded" and "Read-only" in str(health["problems"])
+
+        before = submit(client, recording())
+        wait_until(lambda: decoded(before))
+        (decoder,) = daemon.helpers("whisperd.audio.decoder")
+        decoder.suspend()
+        job = submit(client, recording(), key="k")
+        subprocess.run(["mount", "--bind", state, state], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", state], check=True)
+            decoder.resume()  # it has to write now
+            wait_until(degraded)
+            with pytest.raises(WhisperdError, match="Read-only") as caught:
+                submit(client, recording())
+            assert caught.value.code == "storage_full"
+            wait_until(lambda: "decoding waits" in str(client.call("health")["problems"]))
+            assert client.call("cancel", job=before["id"])["job"]["state"] == "cancelled"
+        finally:
+            subprocess.run(["umount", state], check=True)
+        wait_until(lambda: decoded(job))
+        wait_until(lambda: "Read-only" not in str(client.call("health")["problems"]))
+        assert submit(client, recording())["state"] == "queued"
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
 
 
 @requires_program("strace")

@@ -27,6 +27,7 @@ class Book:
         self.forgotten: set[int] = set()
         self.may_be_forgotten: set[int] = set()  # asked for, and the answer got lost
         self.unsure: dict[str, Request] = {}
+        self.lost_answers = 0  # submits that were sent and neither acknowledged nor refused
         self.unanswered_retries = 0  # a retry has no key: when its answer gets lost, its job is nobody's
         self.replaced: list[tuple[str, int, int]] = []  # a key's job, and the later one of the same key
         self._ids: dict[str, int] = {}
@@ -37,16 +38,20 @@ class Book:
         with self._lock:
             asked_before = request.key in self.unsure
             self.unsure[request.key] = request
+            self.lost_answers += 1  # until it is answered
             return asked_before
 
-    def refused(self, request: Request) -> None:
-        """Note that it was refused: no job of it may be there."""
+    def refused(self, request: Request, *, asked_before: bool) -> None:
+        """Note that it was refused: no job of it may be there, but of an earlier submit of its key."""
         with self._lock:
-            self.unsure.pop(request.key, None)
+            self.lost_answers -= 1
+            if not asked_before:
+                self.unsure.pop(request.key, None)
 
     def acknowledge(self, request: Request, job_id: int) -> None:
         """Note an acknowledgement: from now on the job must not get lost. One key must be one job."""
         with self._lock:
+            self.lost_answers -= 1
             self.unsure.pop(request.key, None)
             known = self._ids.get(request.key)
             if known is not None and known != job_id:  # allowed when that one had failed, or was forgotten

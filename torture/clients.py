@@ -189,8 +189,7 @@ def submit(client: RawClient, book: Book, request: Request) -> None:
         with request.recording.open("rb") as file:
             answer = client.call("submit", descriptors=[file.fileno()], timeout_s=_ANSWER_S, **submit_params(request))
     except WhisperdError:
-        if not asked_before:  # else the first one may have made a job: on a full disk its key is refused too
-            book.refused(request)
+        book.refused(request, asked_before=asked_before)
         raise
     book.acknowledge(request, answer["job"]["id"])
 

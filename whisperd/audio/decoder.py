@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -72,7 +73,8 @@ def decode(
             partial.rename(folder / "audio.pcm")
             sync_folder(folder)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever is wrong with the disk is told already; the next decoder writes it anew
+            partial.unlink(missing_ok=True)
         raise
     return pcm.size_bytes / SAMPLE_BYTES / SAMPLE_RATE, truncated
 

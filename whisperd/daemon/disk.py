@@ -8,7 +8,7 @@ from collections.abc import Callable
 from whisperd.daemon.config import Config
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.store.ballast import Ballast, free_bytes
+from whisperd.daemon.store.ballast import Ballast, free_bytes, refuse_read_only
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 log = logging.getLogger("whisperd.disk")
@@ -53,6 +53,12 @@ class Disk:
 
     def refuse_when_full(self) -> None:
         """Raise `storage_full` while no new work can be taken."""
+        if self._unusable:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL,
+                f"{self._config.state_dir} cannot be used ({self._unusable}): an administrator must look at its disk; "
+                "submit again then",
+            )
         if self.full:
             raise WhisperdError(
                 ErrorCode.STORAGE_FULL,
@@ -66,10 +72,11 @@ class Disk:
         def look(db: object, now: float) -> tuple[int, str]:
             try:
                 spool.make()
+                refuse_read_only(self._config.state_dir)
                 ballast.make()
                 return free_bytes(self._config.state_dir), ""
             except OSError as error:
-                return 0, str(error)
+                return 0, error.strerror or str(error)
 
         def then(found: tuple[int, str]) -> None:
             self.free_bytes, unusable = found

@@ -11,13 +11,14 @@ from pathlib import Path
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-_FAILS = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
+_FAILS = frozenset({errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 
 
 @contextmanager
 def storage_errors(of: str = "the spool") -> Iterator[None]:
     """Turn a full disk (or quota, or file size limit) into `storage_full`, and one that fails into `internal`.
 
+    One that may only be read counts as full: what waits goes on once that has changed.
     Errors that say nothing of the disk pass as they are.
     """
     try:
@@ -26,6 +27,12 @@ def storage_errors(of: str = "the spool") -> Iterator[None]:
         if error.errno in _FULL:
             raise WhisperdError(
                 ErrorCode.STORAGE_FULL, f"the disk of {of} is full ({error.strerror}): make room and try again"
+            ) from None
+        if error.errno == errno.EROFS:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL,
+                f"the disk of {of} may only be read ({error.strerror}): an administrator must make it writable again; "
+                "try again then",
             ) from None
         if error.errno in _FAILS:
             raise WhisperdError(

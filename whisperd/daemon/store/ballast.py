@@ -99,6 +99,12 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def refuse_read_only(folder: Path) -> None:
+    """Raise `OSError` where a folder's file system may only be read, as the kernel makes one that it finds damaged."""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def refuses_for_want_of_room(probe: Path, *, at_bytes: int) -> bool:
     """Write a little at an offset of a file of our own, and return whether that fails for want of room."""
     try:
