@@ -100,7 +100,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=8, help="how many recordings")
     parser.add_argument("--minutes", type=float, default=0.0, help="length of each; 0: 51 to 85 seconds")
     parser.add_argument("--text", type=Path, default=TEXT, help="an English text that is spoken; part of Alice")
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N recordings")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="auto", help="the engine's; upstream computes in float32")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a transcription")
@@ -109,7 +108,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     options = {name: ast.literal_eval(value) for name, _, value in (one.partition("=") for one in arguments.option)}
     lengths_s = [arguments.minutes * 60 or _LENGTHS_S[n % len(_LENGTHS_S)] for n in range(arguments.count)]
-    recordings = list(speak_sentences(arguments.text.read_text(), lengths_s))[arguments.start :]
+    recordings = list(speak_sentences(arguments.text.read_text(), lengths_s))
     choices = Choices()
     if arguments.gaps:
         choices.listen()

@@ -5,13 +5,13 @@ They run on random logits here, so that every rule has its say; what they do on 
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import Whisper
 
@@ -162,23 +162,61 @@ def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(babbler: 
 def test_what_is_drawn_is_drawn_as_often_as_it_is_likely(babbler: Whisper) -> None:
     task = task_of(babbler, temperature=0.7, best_of=20, sample_len=1)
     live, features = live_rows(babbler), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
-    drawn, sums = Counter[int](), dict[int, float]()
+    drawn = Counter[int]()
     for seed in range(100):
         outcome = live.begin(seed, task, search_of(task, seed), features)
         assert outcome is not None
-        for (token,), score in outcome.candidates:
-            drawn[token] += 1
-            sums[token] = score
-    # Probabilities at temperature 0.7, from the scores, which are those at 1.
-    warm = {token: math.exp(score / 0.7) for token, score in sums.items()}
-    rest = 0.0
-    for token, weight in warm.items():
-        expected = 2000 * weight / sum(warm.values())
-        if expected < 20:
-            rest += expected
-        else:
-            assert abs(drawn[token] - expected) < 5 * expected**0.5, token
-    assert rest < 1000, "hardly anything was compared"
+        drawn.update(token for (token,), _ in outcome.candidates)
+    prompt = torch.tensor([task.initial_tokens])
+    logits = babbler.logits(prompt, features[None])[:, -1]
+    for logit_filter in task.logit_filters:
+        logit_filter.apply(logits, prompt)
+    expected = dict(enumerate((2000 * (logits[0] / 0.7).softmax(-1)).tolist()))
+    likely = {token: times for token, times in expected.items() if times >= 20}
+    assert sum(likely.values()) > 1000, "hardly anything is compared"
+    for token, times in likely.items():
+        assert abs(drawn[token] - times) < 5 * times**0.5, token
+    assert all(expected[token] > 0 for token in drawn)
     again = live.begin(0, task, search_of(task, 7), features)
     assert again == live.begin(0, task, search_of(task, 7), features)
     assert again != live.begin(0, task, search_of(task, 8), features)
+
+
+# --- what a step costs ---
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that torch dispatches while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["even", "of different length", "drawn", "beams"])
+def test_a_step_of_many_rows_is_as_many_operations_as_one_of_few(babbler: Whisper, kind: str) -> None:
+    """And none of them fetches a single number: on a GPU each of those would wait for all that was begun before."""
+    features = torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    end = task_of(babbler).tokenizer.eot
+    options: dict[str, Any] = {"drawn": {"temperature": 0.4}, "beams": {"beam_size": 2}}.get(kind, {})
+    counts = []
+    for rows in (4, 8, 16):
+        live = live_rows(babbler)
+        for owner in range(rows // 2 if kind == "beams" else rows):
+            prompt = [700] * (owner + 1 if kind == "of different length" else 1)
+            task = task_of(babbler, prompt=prompt, suppress_tokens=[end], sample_len=40, **options)
+            live.begin(owner, task, search_of(task, owner), features)
+        live.step()
+        with Counted() as counted:
+            assert not live.step()
+        assert live.count == rows
+        assert not counted.operations["_local_scalar_dense.default"]
+        counts.append(counted.operations.total())
+    assert min(counts) > 20
+    # What only some rows need, such as that text is forbidden or that a beam is copied, is done for all at once.
+    assert max(counts) - min(counts) < 4, counts

@@ -11,9 +11,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import psutil
 import pytest
 
 from tests import models
+from tests.support import wait_until
 from whisperd import __version__
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.frames import MAX_REPLY_BYTES
@@ -83,6 +85,11 @@ class Helper:
                 told=0,
             )
         )
+
+    @property
+    def threads(self) -> int:
+        """How many threads the system knows of."""
+        return psutil.Process(self.process.pid).num_threads()
 
     def close(self) -> None:
         """Go away, as a daemon does; the helper must not outlive it."""
@@ -247,5 +254,26 @@ def test_a_model_that_does_not_load_is_said_and_waited_with(place: Path) -> None
         answer = helper.next()
         assert isinstance(answer, Failed)
         assert (answer.code, answer.message) == ("model_unavailable", failed.error)
+    finally:
+        helper.close()
+
+
+def test_its_threads_are_as_many_as_it_was_given_and_one_a_run(place: Path) -> None:
+    """Whoever calls torch gets a team of threads of his own: sixteen runs that did would have 32 more."""
+    helper = Helper(settings(place) | {"threads": 3, "open_runs": 16})
+    try:
+        helper.until(lambda message: isinstance(message, ModelStatus) and message.state == "ready")
+        idle = helper.threads
+        assert 4 <= idle <= 6 * 3, "main, what it hears and says, batcher, mels, word times, and their teams"
+        for run in range(16):
+            helper.transcribe(run, "short", word_timestamps=True)
+        busy, done = [], 0
+        while done < 16:
+            done += isinstance(helper.next(), Finished)
+            busy.append(helper.threads)
+        # Three that compute only now (batcher, mels, word times) have a team of two more each.
+        settled = idle + 3 * 2
+        assert max(busy) <= settled + 16, (idle, max(busy))
+        wait_until(lambda: helper.threads <= settled)
     finally:
         helper.close()

@@ -68,7 +68,7 @@ def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dic
     "options",
     [
         {},
-        {"word_timestamps": True, "initial_prompt": "A notice about a work."},
+        {"word_timestamps": True, "initial_prompt": "A notice about a work.", "carry_initial_prompt": True},
         {"clip_timestamps": [2, 9.5, 14, 20]},
         {"clip_timestamps": "0,8", "beam_size": 2, "temperature": 0},
         {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "clip_timestamps": [10]},
