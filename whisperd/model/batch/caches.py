@@ -9,24 +9,31 @@ from torch import Tensor
 
 
 class Cache:
-    """For each layer keys and values of the shape `(slots, heads, length, width)`.
+    """For each layer keys and values of the shape `(slots, heads, length, width)`; `turned` keys have length last.
 
     Used twice: what a row has said (length is the text context), and what a window's audio offers (the audio context;
     all candidates of a window share one slot). Slots grow as they are asked for: a CPU's memory is taken when written.
     """
 
     def __init__(
-        self, *, layers: int, heads: int, length: int, width: int, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        layers: int,
+        heads: int,
+        length: int,
+        width: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        turned: bool = False,
     ) -> None:
-        self._shape = (heads, length, width)
+        self.length = length
+        self._key_shape = (heads, width, length) if turned else (heads, length, width)
+        self._value_shape = (heads, length, width)
         self._options = {"dtype": dtype, "device": device}
         # Zeros and not what lay there: a masked position counts nothing, but nothing times NaN is NaN.
-        self.keys = [self._zeros(slots) for _ in range(layers)]
-        self.values = [self._zeros(slots) for _ in range(layers)]
-
-    @property
-    def length(self) -> int:
-        return self._shape[1]
+        self.keys = [self._zeros(slots, self._key_shape) for _ in range(layers)]
+        self.values = [self._zeros(slots, self._value_shape) for _ in range(layers)]
 
     @property
     def slots(self) -> int:
@@ -34,14 +41,17 @@ class Cache:
 
     def resize(self, slots: int, *, used: int) -> None:
         """Make it so many slots, a layer at a time; the first `used` keep what they hold."""
-        for tensors in (self.keys, self.values):
+        for tensors, shape in ((self.keys, self._key_shape), (self.values, self._value_shape)):
             for layer, old in enumerate(tensors):
-                new = self._zeros(slots)
+                new = self._zeros(slots, shape)
                 new[:used] = old[:used]
                 tensors[layer] = new
 
-    def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
-        """Copy the first `length` positions of each (source, target) pair of slots; no target is a source too."""
+    def copy(self, pairs: Sequence[tuple[int, int]], length: int | None = None) -> None:
+        """Copy each (source, target) pair of slots; no target is a source too.
+
+        `length` is how many positions, from the first; all of them by default, and always where keys are turned.
+        """
         if not pairs:
             return
         if len(pairs) == 1:
@@ -54,5 +64,5 @@ class Cache:
             part = tensor[:, :, :length]
             part.index_copy_(0, targets, part.index_select(0, sources))
 
-    def _zeros(self, slots: int) -> Tensor:
-        return torch.zeros(slots, *self._shape, **self._options)  # type: ignore[call-overload,no-any-return]
+    def _zeros(self, slots: int, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(slots, *shape, **self._options)  # type: ignore[call-overload,no-any-return]

@@ -72,11 +72,11 @@ class Decoder:
 
     def row_cache(self, slots: int) -> Cache:
         """Return a cache for what rows have said."""
-        return self._cache(len(self._positions), slots)
+        return self._cache(len(self._positions), slots, turned=False)
 
     def window_cache(self, slots: int) -> Cache:
         """Return a cache for what windows offer."""
-        return self._cache(self._audio_positions, slots)
+        return self._cache(self._audio_positions, slots, turned=self._kernels.turns_keys)
 
     def step(
         self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
@@ -104,7 +104,7 @@ class Decoder:
             q = query.view(count, self._heads, 1, -1)
             if routing is not None:
                 q = q[routing.rows, :, 0].transpose(1, 2)
-            heard = F.scaled_dot_product_attention(q, windows.keys[layer][: len(q)], windows.values[layer][: len(q)])
+            heard = self._kernels.listen(q, windows.keys[layer][: len(q)], windows.values[layer][: len(q)])
             if routing is not None:
                 heard = heard.transpose(1, 2).flatten(0, 1)[routing.places]
             return heard.reshape(count, -1)
@@ -114,7 +114,8 @@ class Decoder:
     def listen_to(self, features: Tensor, windows: Cache, slot: int) -> None:
         """Fill a window's slot from its features."""
         for layer in range(len(self._blocks)):
-            windows.keys[layer][slot], windows.values[layer][slot] = self._offer(layer, features)
+            keys, windows.values[layer][slot] = self._offer(layer, features)
+            windows.keys[layer][slot] = keys.transpose(-1, -2) if self._kernels.turns_keys else keys
 
     def begin(
         self, tokens: Sequence[int], read_at: Sequence[int], rows: Cache, row: int, windows: Cache, window: int
@@ -127,9 +128,8 @@ class Decoder:
             rows.values[layer][row, :, :length] = values
 
         def listen(layer: int, query: Tensor) -> Tensor:
-            q = self._split(query)
             keys, values = windows.keys[layer][window], windows.values[layer][window]
-            return _join(F.scaled_dot_product_attention(q[None], keys[None], values[None])[0])
+            return _join(self._kernels.listen(self._split(query)[None], keys[None], values[None])[0])
 
         x = self._run(self._embed_from_start(tokens), lambda n, qkv: self._attend_causally(n, qkv, keep), listen)
         return self._read(x[list(read_at)])
@@ -188,7 +188,7 @@ class Decoder:
         """`(length, heads * width)` to `(heads, length, width)`."""
         return x.view(*x.shape[:-1], self._heads, -1).transpose(0, 1)
 
-    def _cache(self, length: int, slots: int) -> Cache:
+    def _cache(self, length: int, slots: int, *, turned: bool) -> Cache:
         return Cache(
             layers=len(self._blocks),
             heads=self._heads,
@@ -197,6 +197,7 @@ class Decoder:
             slots=slots,
             dtype=self._kernels.stream,
             device=self._kernels.device,
+            turned=turned,
         )
 
     def _bytes(self, length: int) -> int:

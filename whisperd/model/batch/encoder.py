@@ -41,7 +41,8 @@ class Encoder:
         """
         x = mel.to(self._kernels.device, self._kernels.compute)[None]
         x = F.gelu(self._conv2(F.gelu(self._conv1(x))))[0].T
-        x = (x + self._positions).to(self._kernels.stream)
+        # Laid out anew, once: sums keep the layout of what they add to, and every layer would have to copy.
+        x = (x.contiguous() + self._positions).to(self._kernels.stream)
         yield
         for block in self._blocks:
             q, k, v = block.qkv(block.norm(x)).view(len(x), 3, self._heads, -1).permute(1, 2, 0, 3)

@@ -49,6 +49,22 @@ class Kernels:
             return lambda x: operation(x, packed, bias, activation, [], algorithm)
         return lambda x: operation(x.to(self.compute), packed, bias, activation, [], algorithm).float()
 
+    @property
+    def turns_keys(self) -> bool:
+        """True where `listen` wants keys with the positions last: a CPU reads them twice as fast so."""
+        return self.device.type == "cpu"
+
+    def listen(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the attention of few queries `(..., queries, width)` over many positions, none of them masked.
+
+        PyTorch's own attention on a CPU is made for as many queries as keys: for one it takes 2.1 ms a layer (8 windows
+        of tiny.en), two products and a softmax take 1.1.
+        """
+        if not self.turns_keys:
+            return F.scaled_dot_product_attention(query, keys, values)
+        scores: Tensor = (query * query.shape[-1] ** -0.5) @ keys
+        return scores.softmax(-1) @ values
+
     def norm(self, norm: nn.LayerNorm) -> Linear:
         """Return the layer norm, computed in float32 as openai-whisper does."""
         shape, eps = norm.normalized_shape, norm.eps

@@ -143,7 +143,7 @@ class LiveRows(Generic[Owner]):
         self._close([row.slot for row in group.rows])
         slot, last = self._groups.index(group), len(self._groups) - 1
         if slot != last:
-            self._window_cache.copy([(last, slot)], self._window_cache.length)
+            self._window_cache.copy([(last, slot)])
             self._groups[slot] = self._groups[last]
         self._groups.pop()
         self._routing_is_stale = True
