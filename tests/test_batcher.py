@@ -255,11 +255,34 @@ def test_want_of_memory_halves_the_batch_and_fails_only_what_does_not_fit_alone(
         alone = {f"window {n}": windows.engine.decode(Turn(), KeptWindows(), noise(n), OPTIONS, seed=0).tokens
                  for n in range(5)}  # fmt: skip
         assert windows.outcomes == alone
-        assert batcher._limits == Limits(windows=2, rows=10)
+        assert (batcher._limits.windows, batcher._limits.rows) == (2, 10)
     else:
         assert {type(outcome) for outcome in windows.outcomes.values()} == {torch.cuda.OutOfMemoryError}
         assert batcher._limits.windows == 1
     assert not batcher._live.count
+
+
+def test_what_was_halved_grows_back_when_all_is_well_and_never_beyond_the_first() -> None:
+    limits = Limits(windows=6, rows=9)
+
+    def grown(most: int = 1000) -> list[tuple[int, int]]:
+        """What it is after each change, over `most` windows that end well."""
+        seen = [(limits.windows, limits.rows)]
+        for _ in range(most):
+            limits.window_ended()
+            if (limits.windows, limits.rows) != seen[-1]:
+                seen.append((limits.windows, limits.rows))
+        return seen
+
+    assert grown() == [(6, 9)]
+    limits.halve()
+    limits.halve()
+    assert grown() == [(1, 2), (2, 4), (4, 8), (6, 9)]
+    limits.halve()
+    assert grown(150) == [(3, 4)], "not at once"
+    limits.halve()
+    assert grown(150) == [(1, 2)], "and the windows before the last want of memory do not count"
+    assert grown(50)[-1] == (2, 4)
 
 
 def test_digest_tells_windows_apart() -> None:

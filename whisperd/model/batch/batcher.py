@@ -72,15 +72,30 @@ class Request:
         self.done.set()
 
 
-@dataclass(slots=True, kw_only=True)
 class Limits:
-    """How many windows and rows of background work may be live; interactive work may go one window beyond."""
+    """How many windows and rows of background work may be live; interactive work may go one window beyond.
 
-    windows: int
-    rows: int
+    Memory is shared with programs that come and go: what was halved for want of it is tried again later.
+    """
+
+    def __init__(self, *, windows: int, rows: int) -> None:
+        self.windows, self.rows = self._most = windows, rows
+        self._well = 0  # windows since memory ran out
 
     def halve(self) -> None:
+        """Take half as much, for memory ran out."""
         self.windows, self.rows = max(1, self.windows // 2), max(1, self.rows // 2)
+        self._well = 0
+
+    def window_ended(self) -> None:
+        """Take twice as much again once enough windows have ended well, but never more than at first."""
+        self._well += 1
+        if self._well >= _WELL_WINDOWS and (self.windows, self.rows) != self._most:
+            self.windows, self.rows = min(self.windows * 2, self._most[0]), min(self.rows * 2, self._most[1])
+            self._well = 0
+
+
+_WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, and what was cut off begins anew
 
 
 class Batcher:
@@ -209,6 +224,7 @@ class Batcher:
 
     def _ended(self, request: Request, outcome: Outcome) -> None:
         self.counters.windows += 1
+        self._limits.window_ended()
         request.settle(outcome)
 
     # -- what goes wrong -------------------------------------------------------------------------------------------
