@@ -11,6 +11,7 @@ import numpy as np
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
+from whisperd.model.memory import keep_freed_memory
 from whisperd.model.run import Run
 from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import Worker
@@ -30,6 +31,7 @@ class Runs:
         release: bool = False,
         fast_windows: int = 8,
     ) -> None:
+        keep_freed_memory()
         substitutes.install()  # else `transcribe` reads the whole file
         self.model = model
         self.spool = spool

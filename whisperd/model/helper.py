@@ -17,7 +17,7 @@ from whisperd.model import substitutes
 from whisperd.model.engine import Engine
 from whisperd.model.journal import VoidJournal, fingerprint
 from whisperd.model.loading import LoadedModel, choose_device, load
-from whisperd.model.memory import is_out_of_memory, limit_cuda
+from whisperd.model.memory import is_out_of_memory, keep_freed_memory, limit_cuda
 from whisperd.model.run import Run
 from whisperd.model.software import describe
 from whisperd.model.speech import SpeechDetector
@@ -96,6 +96,7 @@ class ModelHelper:
 
     def serve(self) -> None:
         """Load, then take messages."""
+        keep_freed_memory()
         if self._settings.threads:  # 0: torch's own choice, all cores
             torch.set_num_threads(self._settings.threads)
         substitutes.install()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import torch
 
 _MB = 2**20
+# glibc's mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGEST_KEPT_MB, _KEPT_MB = 32, 128
 _SHARE = 0.8  # of what is free: others come and go
 _WORKING_BYTES = 512 * _MB  # what one encoder block and the logits of all rows take for a moment
 
@@ -15,6 +20,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True when memory of the device or of the machine ran out, and nothing worse happened."""
     # The CPU's allocator says it in words only.
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def keep_freed_memory() -> None:
+    """Have the C allocator keep up to 128 MB of what layers free, in one arena for all threads.
+
+    By itself glibc gives a layer's 9 MB back to the kernel each time and has every page of it zeroed again: 80,000 page
+    faults for 26 windows, 30 so. And it has an arena for each few threads, that all grow to what one job ever took.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_MB * _MB)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_MB * _MB)
 
 
 def limit_cuda(device: torch.device, limit_mb: int) -> None:
