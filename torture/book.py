@@ -48,11 +48,16 @@ class Book:
             if not asked_before:
                 self.unsure.pop(request.key, None)
 
-    def acknowledge(self, request: Request, job_id: int) -> None:
-        """Note an acknowledgement: from now on the job must not get lost. One key must be one job."""
+    def acknowledge(self, request: Request, job_id: int, *, asked_before: bool) -> None:
+        """Note an acknowledgement: from now on the job must not get lost. One key must be one job.
+
+        Asked before, it stays unsure: the earlier submit may still be copied when this job has been forgotten, and with
+        it its key.
+        """
         with self._lock:
             self.lost_answers -= 1
-            self.unsure.pop(request.key, None)
+            if not asked_before:
+                self.unsure.pop(request.key, None)
             known = self._ids.get(request.key)
             if known is not None and known != job_id:  # allowed when that one had failed, or was forgotten
                 self.replaced.append((request.key, known, job_id))

@@ -191,7 +191,7 @@ def submit(client: RawClient, book: Book, request: Request) -> None:
     except WhisperdError:
         book.refused(request, asked_before=asked_before)
         raise
-    book.acknowledge(request, answer["job"]["id"])
+    book.acknowledge(request, answer["job"]["id"], asked_before=asked_before)
 
 
 def submit_params(request: Request) -> dict[str, Any]:
