@@ -69,7 +69,8 @@ def measure_options(bench: Bench) -> Iterator[Row]:
 
 def measure_alone(bench: Bench) -> Iterator[Row]:
     """One window, and one long recording in both modes."""
-    for model, contest in _contests(bench, (20, bench.pick(LONG_S, 60))):
+    # Recordings end with a sentence: less would be none, more than half a minute a second window.
+    for model, contest in _contests(bench, (12, bench.pick(LONG_S, 60))):
         english = {"language": "en"}
         contestants = {OURS: contest.ours(**english), UPSTREAM: contest.upstream(**english)}
         what = f"one job of one window, language given, {model}"

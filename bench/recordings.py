@@ -114,7 +114,7 @@ class Spoken:
 
 
 def speak_sentences(text: str, lengths_s: Sequence[float]) -> Iterator[Spoken]:
-    """Speak recordings of about these lengths, in turn with different voices, whole sentences of the text each.
+    """Speak recordings of these lengths or a sentence more, in turn with different voices, in whole sentences.
 
     They go on where the one before ended, and from the end of the text at its beginning. Raises `Failed` without flite.
     """
