@@ -91,3 +91,17 @@ def test_a_cancelled_run_does_not_wait_for_its_turn() -> None:
     waiting.join(10)
     assert raised == ["cancelled"]
     held.release()
+
+
+def test_what_is_only_begun_holds_up_nobody_and_its_error_ends_with_it() -> None:
+    worker, go, seen = Worker("test"), threading.Event(), list[str]()
+
+    def slow() -> None:
+        go.wait()
+        seen.append("slow")
+        raise ValueError("nobody hears of it")
+
+    worker.begin(slow)  # returns at once, else `go` is never set
+    go.set()
+    worker.call(Turn(), lambda: seen.append("next"))
+    assert seen == ["slow", "next"]

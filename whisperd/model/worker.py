@@ -76,10 +76,8 @@ class Worker:
         Raises `WhisperdError` (`cancelled`) at once when the run is cancelled while its work has not begun. Work that
         has begun is waited for: it looks out for the mark itself (`Turn.check`).
         """
-        piece: _Piece[T] = _Piece(turn, work)
+        piece = self._add(turn, work)
         with self._changed:
-            self._waiting.append(piece)
-            self._changed.notify_all()
             self._changed.wait_for(lambda: piece.done or (turn.cancelled and piece in self._waiting))
             if not piece.done:
                 self._waiting.remove(piece)
@@ -88,10 +86,21 @@ class Worker:
             raise piece.error
         return piece.result  # type: ignore[return-value]
 
+    def begin(self, work: Callable[[], object]) -> None:
+        """Have `work` done and do not wait for it; what it returns or raises is lost."""
+        self._add(Turn(), work)
+
     def wake(self) -> None:
         """Make waiting runs look at their marks."""
         with self._changed:
             self._changed.notify_all()
+
+    def _add(self, turn: Turn, work: Callable[[], T]) -> _Piece[T]:
+        piece = _Piece(turn, work)
+        with self._changed:
+            self._waiting.append(piece)
+            self._changed.notify_all()
+        return piece
 
     def _take(self) -> _Piece[Any]:
         interactive = [piece for piece in self._waiting if piece.turn.interactive]

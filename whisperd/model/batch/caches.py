@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Cache:
         self.length = length
         self._key_shape = (heads, width, length) if turned else (heads, length, width)
         self._value_shape = (heads, length, width)
-        self._options = {"dtype": dtype, "device": device}
+        self._dtype, self._device = dtype, device
         # Zeros and not what lay there: a masked position counts nothing, but nothing times NaN is NaN.
         self.keys = [self._zeros(slots, self._key_shape) for _ in range(layers)]
         self.values = [self._zeros(slots, self._value_shape) for _ in range(layers)]
@@ -65,4 +66,7 @@ class Cache:
             part.index_copy_(0, targets, part.index_select(0, sources))
 
     def _zeros(self, slots: int, shape: Sequence[int]) -> Tensor:
-        return torch.zeros(slots, *shape, **self._options)  # type: ignore[call-overload,no-any-return]
+        if self._device.type == "cpu" and self._dtype is torch.float32:
+            # Zeros that the kernel gives when they are first written; torch writes its own at once.
+            return torch.from_numpy(np.zeros((slots, *shape), np.float32))
+        return torch.zeros(slots, *shape, dtype=self._dtype, device=self._device)

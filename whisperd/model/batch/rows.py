@@ -204,8 +204,9 @@ def _offers(filtered: Filtered, rows: Sequence[tuple[Row, _Group[Owner]]]) -> li
         else:
             greedy.append(n)
     if greedy:
-        tokens, log_probabilities = (part.tolist() for part in filtered.best())
-        offers |= {n: ([tokens[n]], [log_probabilities[n]]) for n in greedy}
+        # In one tensor: each `tolist` waits for the device.
+        tokens, log_probabilities = torch.stack([part.double() for part in filtered.best()]).tolist()
+        offers |= {n: ([int(tokens[n])], [log_probabilities[n]]) for n in greedy}
     if drawn:
         offers |= zip(drawn, _draw(filtered.log_probabilities([*drawn]), [*drawn.values()]), strict=True)
     if beams:

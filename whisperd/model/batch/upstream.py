@@ -90,8 +90,8 @@ class Aligner:
         self._whisper = whisper
         self._heads = whisper.alignment_heads.cpu()
         self.layers = set(self._heads.indices()[0].tolist())
-        # Upstream compiles its alignment on first use: 1.7 s.
-        self.worker.call(Turn(), lambda: dtw(torch.rand(3, 4)))
+        # Upstream compiles its alignment on first use: 1.7 s, for which no job without word times need wait.
+        self.worker.begin(lambda: dtw(torch.rand(3, 4)))
 
     @staticmethod
     def text_of(tokenizer: Any, text_tokens: list[int]) -> list[int]:
