@@ -6,6 +6,7 @@ on the model, and the switch that word alignment flips for the process (`use_sdp
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,8 @@ class Aligner:
         self.layers = set(self._heads.indices()[0].tolist())
         # Upstream compiles its alignment on first use: 1.7 s, for which no job without word times need wait.
         self.worker.begin(lambda: dtw(torch.rand(3, 4)))
+        # A process that ends under its compiler aborts: wait for it.
+        atexit.register(self.worker.call, Turn(), lambda: None)
 
     @staticmethod
     def text_of(tokenizer: Any, text_tokens: list[int]) -> list[int]:
