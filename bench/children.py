@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from bench.daemon import Failed
 
@@ -36,14 +35,6 @@ class Child:
         """End it."""
         self._process.terminate()
         self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _line(self) -> str:
         assert self._process.stdout is not None

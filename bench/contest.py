@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ class Contest:
         self.recordings = {str(number): each for number, each in enumerate(recordings)}
         self.peer_python = peer_python
         self._spool = folder
-        self._stack = ExitStack()
         self._runs: dict[str, Runs] = {}
         self._children: dict[str, Child] = {}
         for name, each in self.recordings.items():
@@ -60,7 +58,8 @@ class Contest:
             (folder / name / "audio.pcm").write_bytes(each.pcm)
 
     def close(self) -> None:
-        self._stack.close()
+        for child in self._children.values():
+            child.close()
 
     def runs(self, dtype: str = "auto") -> Runs:
         """Return our engine, loaded once a type."""
@@ -88,7 +87,7 @@ class Contest:
         return self._ask(command, batched=batched, options=options)
 
     def _ask(self, command: list[str], **request: Any) -> Contestant:
-        child = self._children.get(str(command)) or self._stack.enter_context(Child(command))
+        child = self._children.get(str(command)) or Child(command)
         self._children[str(command)] = child
 
         def transcribe(names: Sequence[str]) -> Heard:

@@ -18,7 +18,7 @@ _AT_ONCE = 8
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Submit short recordings, eight at a time, and fit a line to the memory after each hundred of the later ones."""
+    """Submit short recordings, eight at a time, and fit a line to the memory after each hundred but the first."""
     jobs = bench.pick(1000, 200)
     model = planted.planted(planted.TINY)
     weights = {name: value.half() for name, value in model.state_dict().items()}
@@ -34,8 +34,8 @@ def measure(bench: Bench) -> Iterator[Row]:
                 client.call("result", job=job, wait_s=None)
             if (number + _AT_ONCE) % EVERY < _AT_ONCE:
                 sizes_mb.append(rss_mb(helper))
-    # What the first jobs take, caches and the allocator's pools, is kept.
-    settled = sizes_mb[len(sizes_mb) * 2 // 5 :]
+    # The first hundred fill caches and pools.
+    settled = sizes_mb[1:]
     slope_mb = statistics.linear_regression(range(len(settled)), settled).slope if len(settled) > 1 else 0.0
     yield Row(
         what=f"the model's process over {jobs} jobs (planted weights, every fifth eight with word timestamps)",

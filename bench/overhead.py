@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     rounds = bench.pick(7, 2)
     files = speak(bench.folder)[: bench.pick(3, 1)]
     with (
-        _upstream(bench.folder) as upstream,
+        closing(_upstream(bench.folder)) as upstream,
         running_daemon(bench.folder / "d", helper_nice=NICE) as daemon,
         Client(daemon.socket) as client,
     ):

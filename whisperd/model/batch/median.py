@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDTH = 7
-# Which of the seven are put in order, two by two, until the middle one is the fourth smallest: 13 exchanges, the least
-# there are (N. Devillard, Fast median search, 1998).
+# Which of the seven are put in order, two by two, until the middle one is the fourth smallest (N. Devillard, Fast
+# median search, 1998).
 _EXCHANGES = (
     (0, 5), (0, 3), (1, 6), (2, 4), (0, 1), (3, 5), (2, 6), (2, 3), (3, 6), (4, 5), (1, 4), (1, 3), (3, 4),
 )  # fmt: skip
