@@ -370,6 +370,12 @@ def to_toml(settings: Mapping[str, Any]) -> str:
     return "".join(f"{name} = {value(item)}\n" for name, item in settings.items() if item is not None)
 
 
+def stop_process(pid: int) -> None:
+    """Stop a process with SIGSTOP and wait until it stands: on another processor it goes on for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, message=f"{pid} stands")
+
+
 def _command_line(process: psutil.Process) -> list[str]:
     """Return a process's arguments; none once it has ended."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import wait_until
+from tests.support import stop_process, wait_until
 from tests.watched_helper import Watched
 from whisperd.daemon.helper import ExitReason, Helper
 from whisperd.daemon.loop import Loop
@@ -245,7 +245,7 @@ def test_close_lets_it_end_by_itself(watch: Callable[..., Watched]) -> None:
 def test_close_kills_one_that_does_not_end(watch: Callable[..., Watched]) -> None:
     odd = watch()
     odd.until(lambda: odd.helper.ready)
-    os.kill(odd.helper.pid, signal.SIGSTOP)
+    stop_process(odd.helper.pid)
     odd.helper.close(grace_s=0.2)
     assert odd.ended() == ExitReason(returncode=None, signal=signal.SIGKILL, reason="closed", ready=True)
 

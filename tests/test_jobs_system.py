@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, submit, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, stop_process, submit, wait_until
 from whisperd.protocol.errors import WhisperdError
 
 MINUTE_S = 60
@@ -186,7 +186,7 @@ def test_a_helper_that_does_not_obey_a_cancel_is_replaced(
         job, bystander = submit(client, recording(10 * MINUTE_S)), submit(client, recording(MINUTE_S))
         wait_until(lambda: client.call("stats")["lanes"]["model"]["active"] == 2)
         (model,) = daemon.helpers("whisperd.model.main")
-        model.send_signal(signal.SIGSTOP)
+        stop_process(model.pid)
         client.call("cancel", job=job["id"])
         wait_until(lambda: not model.is_running() or model.status() == psutil.STATUS_ZOMBIE, 10)
         done = client.result(bystander["id"])["job"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import micro_checkpoint
-from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, stop_process, wait_until
 from whisperd.model.loading import demo_folder
 
 MODEL = "whisperd.model.main"
@@ -81,7 +80,7 @@ class Follower:
 def settle(daemon: Daemon) -> None:
     """Stop the model process and wait until the daemon has recorded all it said: so a kill comes at a known point."""
     (model,) = daemon.helpers(MODEL)
-    model.send_signal(signal.SIGSTOP)
+    stop_process(model.pid)
     with daemon.client() as client:
         for _ in range(3):  # each goes through the loop and the store's thread
             client.call("stats")
