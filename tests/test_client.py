@@ -106,6 +106,13 @@ def test_transcribe_gives_segments_as_they_come(peer: Peer, client: Client, talk
     assert heard == [" one", " two"]
 
 
+def test_a_transcript_that_was_there_gives_its_segments_too(peer: Peer, client: Client, talk: Path) -> None:
+    peer.transcribe_at_once("one", "two")
+    heard = []
+    client.transcribe(talk, on_segment=lambda segment: heard.append(segment.text))
+    assert heard == [" one", " two"]
+
+
 def test_a_timeout_leaves_the_job_running(peer: Peer, client: Client, talk: Path) -> None:
     with pytest.raises(JobTimeout) as caught:
         client.transcribe(talk, timeout_s=0.05)

@@ -348,12 +348,14 @@ def test_an_upload_that_trickles_keeps_its_receiver_only_while_nobody_waits(
         until = time.monotonic() + 2.5
         wait_until(lambda: trickle() or time.monotonic() > until)
         assert trickle() is None, "a slow line is no fault"
-        waiting = begin(other, len(data))
+        waiting, (first, *rest) = begin(other, len(data)), pieces(data)
+        held = other.send("chunk", upload=waiting, data=first, last=False)  # else it is silent
         wait_until(trickle)
         with pytest.raises(WhisperdError, match="upload_bytes_per_s") as caught:
             taken(slow, number)
         assert caught.value.code == "timed_out"
-        for part in pieces(data):
+        assert other.reply(held)["ok"]
+        for part in rest:
             chunk(other, waiting, part)
         chunk(other, waiting, b"", last=True)
         assert taken(other, waiting)["job"]["state"] == "queued"

@@ -88,8 +88,9 @@ class Client:
         """Hand over a recording before all background work and return its transcript.
 
         `source` is a path, a file object or a descriptor; `options` are openai-whisper's. `on_segment` is called with
-        each segment as it is decoded; should the work begin anew, with those again. Raises `JobFailed`,
-        `JobCancelled`, and `JobTimeout` after `timeout_s`: the job then goes on under its `job_id`.
+        each segment as it is decoded (at once where the transcript was there); should the work begin anew, with those
+        again. Raises `JobFailed`, `JobCancelled`, and `JobTimeout` after `timeout_s`: the job then goes on under its
+        `job_id`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = self.submit(source, priority=Priority.INTERACTIVE, timeout_s=timeout_s, **options)
@@ -97,7 +98,11 @@ class Client:
             for event in self.follow(job.id, timeout_s=seconds_left(deadline)):
                 if event.segment is not None:
                     on_segment(event.segment)
-        return self.result(job.id, wait=True, timeout_s=seconds_left(deadline)).require()
+        transcript = self.result(job.id, wait=True, timeout_s=seconds_left(deadline)).require()
+        if on_segment is not None and job.ended:
+            for segment in transcript.segments:
+                on_segment(segment)
+        return transcript
 
     def submit(
         self,

@@ -58,6 +58,8 @@ class Upload:
         self._unanswered: deque[tuple[Reply, Fail]] = deque()
         self._silence: Timer | None = None
         self._pace: Timer | None = None
+        self._received_before = 0  # when its pace was last looked at
+        self._look_is_due = False
         self._settle()
 
     def take(self, chunk: Chunk, reply: Reply, fail: Fail) -> None:
@@ -97,6 +99,8 @@ class Upload:
             reply, _ = self._unanswered.popleft()
             reply({"received": received_bytes})
         self._settle()
+        if self._look_is_due:
+            self._look_at_pace()
 
     def give_up(self, error: WhisperdError) -> None:
         """End it: answer what waits, hear nothing more. Once is enough."""
@@ -127,24 +131,26 @@ class Upload:
             self._silence = self._loop.call_later(self._timeout_s, self._silent)
 
     def _watch_pace(self) -> None:
-        """Look again after `timeout_s` how much has come since."""
-        before = self.received_bytes
+        """Look at what has come by then, after `timeout_s`."""
+        self._received_before, self._look_is_due = self.received_bytes, False
+        self._pace = self._loop.call_later(self._timeout_s, self._look_at_pace)
 
-        def look() -> None:
-            too_slow = self.received_bytes - before < self._bytes_per_s * self._timeout_s
-            # With chunks that have no answer yet, it is the disk that is slow.
-            if too_slow and not self._unanswered and self._crowded():
-                self.give_up(
-                    WhisperdError(
-                        ErrorCode.TIMED_OUT,
-                        f"less than {self._bytes_per_s:g} bytes a second came while others waited (setting "
-                        "upload_bytes_per_s), so the upload was discarded: submit again when it can go faster",
-                    )
+    def _look_at_pace(self) -> None:
+        # With chunks that have no answer yet, it is the disk that is slow: look when they are written.
+        self._look_is_due = bool(self._unanswered) and not self.complete
+        if self.complete or self._look_is_due:
+            return
+        too_slow = self.received_bytes - self._received_before < self._bytes_per_s * self._timeout_s
+        if too_slow and self._crowded():
+            self.give_up(
+                WhisperdError(
+                    ErrorCode.TIMED_OUT,
+                    f"less than {self._bytes_per_s:g} bytes a second came while others waited (setting "
+                    "upload_bytes_per_s), so the upload was discarded: submit again when it can go faster",
                 )
-            elif not self.complete:
-                self._watch_pace()
-
-        self._pace = self._loop.call_later(self._timeout_s, look)
+            )
+        else:
+            self._watch_pace()
 
     def _silent(self) -> None:
         message = f"no chunk came for {self._timeout_s:g} s (setting upload_timeout_s), so the upload was discarded"
