@@ -19,10 +19,9 @@ from typing import Any
 import torch
 import whisper
 
-from bench.contest import Heard, at_once
 from bench.forced import Choices, replay
 from bench.recordings import TEXT, Spoken, speak_sentences
-from bench.runs import Runs
+from bench.runs import Heard, Runs, at_once
 from bench.upstream import answer_of, arguments_of
 from bench.words import word_error_rate
 from whisperd.model.loading import LoadedModel, load

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench.children import Child
 from bench.daemon import THREADS
 from bench.recordings import Spoken
-from bench.runs import Runs
+from bench.runs import Heard
 from bench.words import word_error_rate
-from whisperd.model.loading import load
 
 OURS, UPSTREAM = "whisperd", "openai-whisper"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
-    """What an engine made of some recordings: `said` has, of each, the tokens of its segments."""
-
-    wall_s: float
-    windows: int
-    texts: list[str]
-    said: list[list[list[int]]]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(tokens) for segments in self.said for tokens in segments)
 
 
 # Transcribes the recordings in these folders of the spool.
@@ -46,12 +25,10 @@ class Contest:
     """One model, a spool of recordings, and the engines that were asked for so far. `close` ends their processes."""
 
     def __init__(self, setting: str, folder: Path, recordings: Sequence[Spoken], *, peer_python: str = "") -> None:
-        torch.set_num_threads(THREADS)
         self.setting = setting
         self.recordings = {str(number): each for number, each in enumerate(recordings)}
         self.peer_python = peer_python
         self._spool = folder
-        self._runs: dict[str, Runs] = {}
         self._children: dict[str, Child] = {}
         for name, each in self.recordings.items():
             (folder / name).mkdir()
@@ -61,19 +38,10 @@ class Contest:
         for child in self._children.values():
             child.close()
 
-    def runs(self, dtype: str = "auto") -> Runs:
-        """Return our engine, loaded once a type."""
-        if dtype not in self._runs:
-            model = load(
-                self.setting, cache_dir=self._spool, device="cpu", dtype=dtype, on_step=lambda: None, environ=os.environ
-            )
-            self._runs[dtype] = Runs(model, self._spool, release=True)
-        return self._runs[dtype]
-
     def ours(self, dtype: str = "auto", **options: Any) -> Contestant:
         """Return our engine: all recordings at once."""
-        runs = self.runs(dtype)
-        return lambda names: at_once(runs, names, options)
+        command = [sys.executable, "-m", "bench.ours", str(THREADS), str(self._spool), self.setting, dtype]
+        return self._ask(command, options=options)
 
     def upstream(self, **options: Any) -> Contestant:
         """Return openai-whisper: one recording after the other."""
@@ -102,26 +70,6 @@ class Contest:
 
     def audio_s(self, names: Sequence[str]) -> float:
         return sum(self.recordings[name].length_s for name in names)
-
-
-def at_once(runs: Runs, names: Sequence[str], options: Mapping[str, Any]) -> Heard:
-    """Transcribe recordings beside each other, a thread each."""
-    found: dict[str, dict[str, Any]] = {}
-    threads = [
-        threading.Thread(target=lambda name=name: found.update({name: runs.run(name, options).transcribe().to_wire()}))
-        for name in names
-    ]
-    windows, began = runs.engine.counters.windows, time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return Heard(
-        wall_s=time.perf_counter() - began,
-        windows=runs.engine.counters.windows - windows,
-        texts=[found[name]["text"] for name in names],
-        said=[[segment["tokens"] for segment in found[name]["segments"]] for name in names],
-    )
 
 
 def rounds(contestants: Mapping[str, Contestant], names: Sequence[str], times: int) -> dict[str, list[Heard]]:

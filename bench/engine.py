@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from bench.contest import OURS, UPSTREAM, Contest, Contestant, Heard, median_s, ratios, rounds
+from bench.contest import OURS, UPSTREAM, Contest, Contestant, median_s, ratios, rounds
 from bench.recordings import TEXT, Spoken, speak_sentences
 from bench.report import Bench, Row
+from bench.runs import Heard
 from bench.weights import base_folder
 from whisperd.model.loading import demo_folder
 

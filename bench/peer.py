@@ -1,7 +1,7 @@
 """`PYTHON bench/peer.py MODEL THREADS COMPUTE_TYPE`: faster-whisper alone, for comparison.
 
 Run by an interpreter that has faster-whisper; nothing of this project is imported. Reads a line of JSON a request
-(`files`, `batched`, `options`) and answers with what `bench.contest.Heard` holds.
+(`files`, `batched`, `options`) and answers with what `bench.runs.Heard` holds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +14,28 @@ import numpy as np
 
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
-from whisperd.model.loading import LoadedModel
+from whisperd.model.loading import LoadedModel, load
 from whisperd.model.memory import keep_freed_memory
 from whisperd.model.run import Run
 from whisperd.model.speech import SpeechDetector
+from whisperd.model.threads import start_thread
 from whisperd.model.worker import Worker
 from whisperd.protocol.helper_messages import HelperMessage, Transcribe
 from whisperd.protocol.options import parse_options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What an engine made of some recordings: `said` has, of each, the tokens of its segments."""
+
+    wall_s: float
+    windows: int
+    texts: list[str]
+    said: list[list[list[int]]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(tokens) for segments in self.said for tokens in segments)
 
 
 class Runs:
@@ -80,3 +99,33 @@ class Runs:
             send=send,
             on_step=lambda: None,
         )
+
+
+def load_runs(setting: str, spool: Path, *, threads: int, dtype: str = "auto") -> Runs:
+    """Return an engine on the CPU, loaded as the model helper does: in a thread that ends, and its team with it."""
+    made: list[Runs] = []
+
+    def work() -> None:
+        model = load(setting, cache_dir=spool, device="cpu", dtype=dtype, on_step=lambda: None, environ=os.environ)
+        made.append(Runs(model, spool, release=True))
+
+    start_thread(work, name="loader", cores=threads).join()
+    return made[0]
+
+
+def at_once(runs: Runs, names: Sequence[str], options: Mapping[str, Any]) -> Heard:
+    """Transcribe recordings beside each other, a thread each."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def transcribe(name: str) -> None:
+        found[name] = runs.run(name, options).transcribe().to_wire()
+
+    windows, began = runs.engine.counters.windows, time.perf_counter()
+    for thread in [start_thread(partial(transcribe, name), name=name) for name in names]:
+        thread.join()
+    return Heard(
+        wall_s=time.perf_counter() - began,
+        windows=runs.engine.counters.windows - windows,
+        texts=[found[name]["text"] for name in names],
+        said=[[segment["tokens"] for segment in found[name]["segments"]] for name in names],
+    )

@@ -1,7 +1,7 @@
 """`python -m bench.upstream THREADS NICE CACHE [MODEL]`: openai-whisper alone, for comparison.
 
 Reads a line of JSON a request (`files`, `options` as a client gives them) and answers with what
-`bench.contest.Heard` holds. Files named `.pcm` are 16 kHz s16le samples; others go through openai-whisper's own ffmpeg.
+`bench.runs.Heard` holds. Files named `.pcm` are 16 kHz s16le samples; others go through openai-whisper's own ffmpeg.
 """
 
 from __future__ import annotations

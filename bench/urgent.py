@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from bench.contest import Contest, at_once
+from bench.contest import Contest
+from bench.daemon import THREADS
 from bench.engine import LENGTHS_S, models, spoken
 from bench.report import Bench, Row
-from bench.runs import Runs
+from bench.runs import Runs, at_once, load_runs
 
 CLIP_S = 12  # and what its last sentence is longer
 CLIPS = 8  # while the background works
@@ -32,7 +33,7 @@ def measure(bench: Bench) -> Iterator[Row]:
 
 
 def _rows(model: str, contest: Contest, folder: Path, *, times: int) -> Iterator[Row]:
-    runs = contest.runs()
+    runs = load_runs(contest.setting, folder, threads=THREADS)
     *others, clip = contest.recordings
     _clip_s(runs, clip)
     alone_s, beside_s, losses = list[float](), list[float](), list[float]()

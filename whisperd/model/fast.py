@@ -19,6 +19,7 @@ from whisperd.model.coverage import without
 from whisperd.model.mel import FileMel, MelWindow
 from whisperd.model.proxy import ProxyModel
 from whisperd.model.speech import Stretch
+from whisperd.model.threads import compute_on
 
 # What a window is widened by before and behind its speech, and the longest speech that then still fits.
 PAD_MS = 400
@@ -96,7 +97,9 @@ def transcribe_windows(
 
     texts: list[str] = []
     segments: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="window") as pool:
+    with ThreadPoolExecutor(
+        max_workers=at_once, thread_name_prefix="window", initializer=compute_on, initargs=(1,)
+    ) as pool:
         futures = [pool.submit(work, window) for window in windows]
         try:
             for future in futures:

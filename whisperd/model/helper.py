@@ -21,6 +21,7 @@ from whisperd.model.memory import is_out_of_memory, keep_freed_memory, limit_cud
 from whisperd.model.run import Run
 from whisperd.model.software import describe
 from whisperd.model.speech import SpeechDetector
+from whisperd.model.threads import start_thread
 from whisperd.model.worker import Worker
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, encode_body
@@ -97,12 +98,11 @@ class ModelHelper:
     def serve(self) -> None:
         """Load, then take messages."""
         keep_freed_memory()
-        if self._settings.threads:  # 0: torch's own choice, all cores
-            torch.set_num_threads(self._settings.threads)
         substitutes.install()
         self._software = describe()
         self._link.gauges = self._gauges
-        self._load()
+        # In a thread that ends, and its team with it. 0: torch's own choice, all cores.
+        start_thread(self._load, name="loader", cores=self._settings.threads or torch.get_num_threads()).join()
         while True:
             message, descriptors = self._link.next()
             for fd in descriptors:
@@ -113,7 +113,7 @@ class ModelHelper:
                 case Cancel():
                     self._mark(message.run, message.generation, cancelled=True)
                 case TrySample():
-                    threading.Thread(target=self._try_sample, name="sample", daemon=True).start()
+                    start_thread(self._try_sample, name="sample")
                 case Prioritise():
                     self._mark(message.run, message.generation, interactive=message.interactive)
                 case _:
@@ -190,7 +190,7 @@ class ModelHelper:
         run = self._run(order, spool=self._settings.spool, send=self._link.send)
         with self._lock:
             self._runs[order.run, order.generation] = run
-        threading.Thread(target=self._work, args=(run,), name=f"run-{order.run}", daemon=True).start()
+        start_thread(lambda: self._work(run), name=f"run-{order.run}")
 
     def _run(self, order: Transcribe, *, spool: Path, send: Callable[[HelperMessage], None]) -> Run:
         assert self._engine is not None, "a model is loaded"

@@ -13,7 +13,7 @@ from whisperd.protocol.helpers import start
 
 # A thread that computes in Python keeps the interpreter for so long before others get it (5 ms is Python's own):
 # a decoder step is many short calls, and each would wait that long beside a busy job thread.
-_SWITCH_INTERVAL_S = 0.0002
+SWITCH_INTERVAL_S = 0.0002
 
 
 def prepare_environment(environ: MutableMapping[str, str], *, cache_dir: Path, threads: int) -> None:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             fingerprint="",
         )
     )
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.getLogger("numba").setLevel(logging.WARNING)  # at debug it tells every step of its compiler
     # Only now: importing torch and whisper takes seconds, and the daemon knows already that they are under way.
     from whisperd.model.helper import ModelHelper, Settings

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from whisperd.model.threads import start_thread
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 T = TypeVar("T")
@@ -58,8 +59,8 @@ MAX_INTERACTIVE_IN_A_ROW = 8
 class Worker:
     """One thread that runs pieces of work in order of arrival, those of interactive runs before (nearly) all others.
 
-    A worker and not a lock around the work: each thread that calls into torch gets a team of OpenMP threads of its
-    own, so 16 job threads on 8 cores would make 128. And two threads in numba's parallel code abort the process.
+    A worker and not a lock around the work: two threads in numba's parallel code abort the process, and job threads
+    beside each other would want more cores than there are. It computes on one, see `whisperd.model.threads`.
     A run waits for its piece before it brings the next one, so runs of one priority take turns by themselves.
     """
 
@@ -68,7 +69,7 @@ class Worker:
         self._waiting: list[_Piece[Any]] = []
         self._interactive_in_a_row = 0
         self.busy_s = 0.0
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        start_thread(self._serve, name=name)
 
     def call(self, turn: Turn, work: Callable[[], T]) -> T:
         """Return what `work` returns, or raise what it raises.

@@ -18,6 +18,7 @@ from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.search import Outcome, Search
 from whisperd.model.batch.windows import Window
 from whisperd.model.memory import is_out_of_memory
+from whisperd.model.threads import start_thread
 from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
@@ -99,7 +100,10 @@ _WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, 
 
 
 class Batcher:
-    """Takes requests from any thread and works on all of them at once. `on_step` is called between any two pieces."""
+    """Takes requests from any thread and works on all of them at once. `on_step` is called between any two pieces.
+
+    It computes on as many cores as the thread that makes it.
+    """
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
         self._interactive_in_a_row = 0
-        threading.Thread(target=self._serve, name="batcher", daemon=True).start()
+        start_thread(self._serve, name="batcher", cores=torch.get_num_threads())
 
     def call(self, request: Request) -> Any:
         """Return the request's outcome once it is there.
