@@ -15,6 +15,7 @@ from whisper.model import Whisper
 
 from tests import models
 from whisperd.model import loading
+from whisperd.model.formats.checkpoint import read_checkpoint
 from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
 from whisperd.protocol.catalogue import CHECKPOINTS, HOME_URL
 from whisperd.protocol.errors import WhisperdError
@@ -122,6 +123,12 @@ def test_the_demo_is_tiny_en_with_its_alignment_heads(tmp_path: Path) -> None:
     # What both sides know independently of the file: openai-whisper's sinusoids, here in half precision.
     sinusoids = listed.encoder.positional_embedding
     assert torch.allclose(demo.whisper.encoder.positional_embedding, sinusoids, atol=1e-3)
+
+
+def test_no_weight_is_drawn_that_is_overwritten(micro: Path) -> None:
+    weights, before = read_checkpoint(micro), torch.get_rng_state()
+    loading.build(weights, "micro")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_turbo_is_known_by_its_shape() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from whisper.model import Conv1d, Linear, ModelDimensions, Whisper
 
@@ -78,7 +79,7 @@ def load(
         # Casting once what openai-whisper casts at every call gives the same numbers: norms and positions stay
         # float32 there too.
         for module in model.modules():
-            if isinstance(module, Linear | Conv1d | torch.nn.Embedding):
+            if isinstance(module, Linear | Conv1d | nn.Embedding):
                 module.to(kind)
     return LoadedModel(whisper=model.to(place).eval(), name=name, device=place, dtype=kind)
 
@@ -189,8 +190,8 @@ class _LeaveUnfilled(TorchFunctionMode):
     """Makes random initial weights cost nothing: each of them is overwritten a moment later."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
-            return args[0]
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]  # they hand their arguments on by name
         return func(*args, **(kwargs or {}))
 
 
