@@ -370,6 +370,11 @@ def to_toml(settings: Mapping[str, Any]) -> str:
     return "".join(f"{name} = {value(item)}\n" for name, item in settings.items() if item is not None)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Return all files under a folder, as far as they stay there meanwhile (a glob fails at a folder that goes)."""
+    return [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+
+
 def stop_process(pid: int) -> None:
     """Stop a process with SIGSTOP and wait until it stands: on another processor it goes on for a moment."""
     os.kill(pid, signal.SIGSTOP)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon, RawClient, error_of, fill, requires_root, small_disk, submit, wait_until
+from tests.support import Daemon, RawClient, error_of, files_in, fill, requires_root, small_disk, submit, wait_until
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 
@@ -168,7 +168,7 @@ def test_decoding_pauses_on_a_full_disk_and_goes_on_by_itself(
         rubbish.unlink()
         wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
         assert client.call("result", job=job["id"])["job"]["attempts"] == 0
-        assert not list(daemon.state_dir.glob("spool/*/*.partial"))
+        assert not [path for path in files_in(daemon.state_dir) if path.suffix == ".partial"]
 
 
 def test_a_daemon_starts_on_a_full_disk_and_is_tidied_there(

@@ -13,7 +13,7 @@ from statistics import median
 import psutil
 
 from tests.models import micro_checkpoint
-from tests.support import PLAIN_OPTIONS, RawClient
+from tests.support import PLAIN_OPTIONS, RawClient, files_in
 from torture.kills import write_recordings
 from torture.machine import Victim, command_line, victim
 from torture.report import Report
@@ -77,7 +77,7 @@ def _sample(target: Victim, samples: dict[str, list[float]]) -> None:
         samples[f"{name} MB"].append(max(process.memory_info().rss for process in processes) / 1e6)
         samples[f"{name} descriptors"].append(max(process.num_fds() for process in processes))
         samples[f"{name} processes"].append(len(processes))
-    files = [path for path in target.daemon.state_dir.rglob("*") if path.is_file()]
+    files = files_in(target.daemon.state_dir)
     samples["files"].append(len(files))
     samples["database MB"].append(sum(p.stat().st_size for p in files if p.name.startswith("whisperd.sqlite3")) / 1e6)
 
