@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,37 @@ class SystemCall:
 
 
 @contextmanager
-def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None]:
-    """Attach strace to processes, with the threads they have now, for a `with` block; not to what they start."""
+def traced(pids: int | Sequence[int], log: Path, *options: str, first_thread_only: bool = False) -> Iterator[None]:
+    """Attach strace to processes, with the threads they have now, for a `with` block; not to what they start.
+
+    With `first_thread_only` a helper's heartbeats are not seen, nor counted among its other words.
+    """
     pids = [pids] if isinstance(pids, int) else pids
-    tracer = _attach(pids, ["strace", "-y", "-ttt", "-s", "256", "-o", str(log), *options])
+    command = ["strace", "-y", "-ttt", "-s", "256", "-o", str(log), *options]
+    with _attached(lambda: [n for pid in pids for n in ([pid] if first_thread_only else _threads(pid))], command):
+        yield
+
+
+@contextmanager
+def traced_new_threads(pid: int, log: Path, *options: str) -> Iterator[None]:
+    """As `traced`, for the first thread of a process and those that are started meanwhile.
+
+    strace follows new threads only where it takes all that are there: so another one, which looks at nothing, has them.
+    """
+    with (
+        _attached(lambda: [thread for thread in _threads(pid) if thread != pid], ["strace", "-qq", "-e", "trace=none"]),
+        traced(pid, log, "-f", *options, first_thread_only=True),
+    ):
+        yield
+
+
+def _threads(pid: int) -> list[int]:
+    return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+
+
+@contextmanager
+def _attached(threads: Callable[[], list[int]], command: Sequence[str]) -> Iterator[None]:
+    tracer = _attach(threads, command)
     try:
         yield
     finally:
@@ -43,14 +71,14 @@ def traced(pids: int | Sequence[int], log: Path, *options: str) -> Iterator[None
             tracer.wait()
 
 
-def _attach(pids: Sequence[int], command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start strace on every thread of the processes; again where one of them ended before strace got to it."""
+def _attach(threads: Callable[[], list[int]], command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start strace on threads; again where one of them ended before strace got to it."""
     for _ in range(5):
-        tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
-        named = [argument for task in tasks for argument in ("-p", task.name)]
+        wanted = threads()
+        named = [argument for thread in wanted for argument in ("-p", str(thread))]
         tracer = subprocess.Popen([*command, *named], stderr=subprocess.DEVNULL)
         wait_until(
-            lambda tracer=tracer, tasks=tasks: tracer.poll() is not None or all(map(_is_traced, tasks)),  # type: ignore[misc]
+            lambda tracer=tracer, wanted=wanted: tracer.poll() is not None or all(map(_is_traced, wanted)),  # type: ignore[misc]
             message="strace holds every thread",
         )
         if tracer.poll() is None:
@@ -70,9 +98,9 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-def _is_traced(task: Path) -> bool:
+def _is_traced(thread: int) -> bool:
     try:
-        return "TracerPid:\t0\n" not in (task / "status").read_text()
+        return "TracerPid:\t0\n" not in Path(f"/proc/{thread}/status").read_text()
     except OSError:  # it has ended
         return True
 
@@ -90,4 +118,13 @@ def calls(log: Path) -> list[SystemCall]:
             line = begun.pop(int(pid)) + resumed[1]
         if match := _CALL.match(line):
             found.append(SystemCall(pid=int(match[1]), name=match[3], arguments=match[4], result=int(match[5])))
+    return found
+
+
+def killed_at(log: Path) -> str:
+    """Return the call that a traced process did not live to make, as far as strace wrote it down."""
+    found = ""
+    for line in log.read_text(errors="replace").splitlines():
+        if ("= ?" in line or line.endswith("<unfinished ...>")) and " resumed>" not in line:
+            found = line
     return found
