@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import subprocess
 import sys
@@ -177,14 +178,23 @@ def test_long_lists_are_for_replies_only() -> None:
 def test_a_length_over_the_limit_is_refused_before_its_bytes_are_kept() -> None:
     reader = FrameReader(max_bytes=MAX_REQUEST_BYTES)
     reader.feed(encode_frame({"id": 1}) + struct.pack(">I", MAX_REQUEST_BYTES + 1) + bytes(10_000), [5])
+    assert reader.pop() == (encode_body({"id": 1}), [])
     reader.feed(bytes(10_000), [6])
     assert reader.buffered == 0
-    assert reader.pop() == (encode_body({"id": 1}), [])
     for _ in range(2):
         with pytest.raises(FrameError) as caught:
             reader.pop()
         assert caught.value.code == ErrorCode.TOO_LARGE
     assert reader.descriptors() == [5, 6]
+
+
+def test_small_frames_that_wait_are_not_objects_yet() -> None:
+    """Python's collector stops the loop for as long as it takes to look at every object there is."""
+    reader, frame = FrameReader(max_bytes=MAX_REQUEST_BYTES), encode_frame({})
+    before = len(gc.get_objects())
+    reader.feed(frame * 10_000)
+    assert len(gc.get_objects()) - before < 100
+    assert [reader.pop() for _ in range(10_001)] == [(encode_body({}), [])] * 10_000 + [None]
 
 
 def test_a_frame_of_just_the_limit() -> None:

@@ -330,6 +330,21 @@ def test_a_long_list_is_sent_piece_by_piece(serve: Served) -> None:
     assert [client.receive()["left"] for _ in range(50)] == list(range(49, -1, -1))
 
 
+def test_few_requests_of_a_connection_wait_for_their_turn(serve: Served) -> None:
+    """The others wait as bytes: each that waits is kept with all that its answer needs."""
+    client, other = serve.client(), serve.client()
+    peer = serve.peer(client.send("result", job=1, wait_s=None))
+    begun: list[Callable[[], None]] = []
+    serve.do(lambda: [peer.in_turn(begun.append) for _ in range(20)])
+    number = client.send("hello")
+    other.call("hello")
+    assert [request.op for who, request in serve.requests if who is peer] == ["result"]
+    for place in range(20):
+        wait_until(lambda place=place: len(begun) > place)  # type: ignore[misc]
+        serve.do(begun[place])
+    assert client.reply(number)["ok"]
+
+
 def test_an_error_in_a_handler_is_that_requests_answer(serve: Served) -> None:
     client = serve.client()
     for _ in range(2):

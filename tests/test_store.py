@@ -607,6 +607,7 @@ def test_calls_come_back_in_order_and_an_error_is_its_callers_alone(threaded: Da
     wait_until(lambda: len(seen) == 52, 10)
     assert seen[:50] == list(range(50))
     assert isinstance(seen[50], WhisperdError)
+    assert seen[50].__traceback__ is None, "else it is garbage that only a collection frees"
     assert "t49" in seen[51]
     assert "mine" not in seen[51], "what a failed call wrote is undone"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torture.crowd import crowd
 from torture.deaths import deaths
+from torture.flood import flood
 from torture.fuzz import fuzz_parser, fuzz_socket
 from torture.kills import Plan, torture
 from torture.media import media
@@ -21,6 +22,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "parser": lambda a: fuzz_parser(a.seed, a.frames),
     "socket": lambda a: fuzz_socket(a.seed, a.frames // 20),
     "crowd": lambda a: crowd(a.idle, a.slow, a.minutes * 60),
+    "flood": lambda a: flood(a.flooding, a.minutes * 60),
     "media": lambda a: media(a.seed, a.files),
     "soak": lambda a: soak(a.seed, a.jobs, a.minutes),
 }
@@ -37,6 +39,7 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=1_000_000, help="parser: so many; socket: a twentieth of it")
     parser.add_argument("--idle", type=int, default=2000, help="crowd: idle connections (default 2000)")
     parser.add_argument("--slow", type=int, default=200, help="crowd: slow connections (default 200)")
+    parser.add_argument("--flooding", type=int, default=900, help="flood: connections (default 900)")
     parser.add_argument("--files", type=int, default=200, help="media: so many (default 200)")
     parser.add_argument("--jobs", type=int, default=10_000, help="soak: spread over the minutes (default 10,000)")
     arguments = parser.parse_args()

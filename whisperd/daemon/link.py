@@ -313,11 +313,14 @@ class Link:
 
     def in_turn(self, start: Turn) -> None:
         self._turns.append(start)
+        self.connection.lined_up = len(self._turns)
         self._wake()
 
     def _next_turn(self) -> None:
         if self._turns:
-            self._turns.popleft()(self._turn_over)
+            start = self._turns.popleft()
+            self.connection.lined_up = len(self._turns)
+            start(self._turn_over)
         else:  # the client has gone meanwhile
             self._turn_over()
 

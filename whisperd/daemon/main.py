@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import importlib.util
 import logging
 import os
@@ -236,6 +237,8 @@ class _Daemon:
         )
         self._manager = manager = ServiceManager(loop, house)
         loop.call_soon(manager.ready)
+        # What is there now stays: Python's collector need not look at it again, which takes 15 ms each time.
+        gc.freeze()
         loop.run()
         if self._exit_code:
             # Without a last word to the database: closing it would write to a disk that has just failed.

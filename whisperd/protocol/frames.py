@@ -123,70 +123,75 @@ class FrameReader:
     """Splits a stream of bytes into frame bodies, however the bytes are cut.
 
     `feed` takes what one `recvmsg` returned, with its descriptors: they belong to the frame that holds the last byte.
-    `pop` returns `(body, descriptors)` or None. A length over `max_bytes` is refused before anything of it is
-    buffered: `pop` then raises `FrameError` once the frames before it have been taken.
+    `pop` returns `(body, descriptors)` or None. A length over `max_bytes` is refused, and nothing kept from there on:
+    `pop` then raises `FrameError` once the frames before it have been taken.
+
+    A frame is cut when it is taken. Cut as they come, the small frames of a thousand connections are millions of
+    objects, and Python's collector, which looks at each of them, stops the daemon for as much as half a second.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._buffer = bytearray()
-        self._frames: deque[tuple[bytes, list[int]]] = deque()
-        self._unowned: list[int] = []  # descriptors of the frame whose end has not arrived
-        self._error: FrameError | None = None
+        self._buffer = bytearray()  # from the first byte of the next frame on
+        self._end = _HEADER.size  # of the next frame in the buffer, as far as it is known
+        self._fed = self._popped = 0  # bytes since the beginning
+        self._descriptors: deque[tuple[int, list[int]]] = deque()  # with what had been fed when they had come
+        self._refused: int | None = None  # the length of a frame that is too large
 
     @property
     def buffered(self) -> int:
-        """Bytes of the frame that is not complete yet."""
+        """Bytes that have not been popped."""
         return len(self._buffer)
 
     @property
     def ready(self) -> bool:
         """True when `pop` has a frame to return or an error to raise."""
-        return bool(self._frames) or self._error is not None
+        return self._end <= len(self._buffer) or self._refused is not None
 
     @property
     def waiting_descriptors(self) -> int:
-        """Descriptors that came for a frame that is not complete yet."""
-        return len(self._unowned)
+        """Descriptors that have not been popped."""
+        return sum(len(descriptors) for _, descriptors in self._descriptors)
 
     def feed(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Take bytes; never raises (see `pop`). After an error further bytes are dropped."""
-        if self._error is not None:
-            self._unowned.extend(descriptors)
+        self._fed += len(data)
+        if descriptors:
+            self._descriptors.append((self._fed, list(descriptors)))
+        if self._refused is None:
+            self._buffer += data
+            self._look()
+
+    def _look(self) -> None:
+        """See where the next frame ends, once its header is there."""
+        self._end = _HEADER.size
+        if len(self._buffer) < _HEADER.size:
             return
-        self._buffer += data
-        offset = 0
-        while len(self._buffer) - offset >= _HEADER.size:
-            (size,) = _HEADER.unpack_from(self._buffer, offset)
-            if size > self._max_bytes:
-                self._error = FrameError(
-                    ErrorCode.TOO_LARGE, f"a frame of {size} bytes; at most {self._max_bytes} are allowed"
-                )
-                break
-            end = offset + _HEADER.size + size
-            if len(self._buffer) < end:
-                break
-            # What came with this frame's first bytes, in an earlier recvmsg, is this frame's.
-            owned, self._unowned = self._unowned, []
-            self._frames.append((bytes(self._buffer[offset + _HEADER.size : end]), owned))
-            offset = end
-        if offset and offset == len(self._buffer):
-            self._frames[-1][1].extend(descriptors)
-        else:
-            self._unowned.extend(descriptors)
-        del self._buffer[: offset if self._error is None else None]
+        (size,) = _HEADER.unpack_from(self._buffer)
+        if size > self._max_bytes:
+            self._refused = size
+            self._buffer.clear()
+        self._end += size
 
     def pop(self) -> tuple[bytes, list[int]] | None:
         """Return the next frame's body and descriptors, or None. Raises `FrameError` when the stream is broken."""
-        if self._frames:
-            return self._frames.popleft()
-        if self._error is not None:
-            raise self._error
-        return None
+        if self._refused is not None:
+            message = f"a frame of {self._refused} bytes; at most {self._max_bytes} are allowed"
+            raise FrameError(ErrorCode.TOO_LARGE, message)
+        if not self.ready:
+            return None
+        body = bytes(self._buffer[_HEADER.size : self._end])
+        del self._buffer[: self._end]
+        self._popped += self._end
+        descriptors: list[int] = []
+        # What came with this frame's first bytes, in an earlier recvmsg, is this frame's.
+        while self._descriptors and self._descriptors[0][0] <= self._popped:
+            descriptors += self._descriptors.popleft()[1]
+        self._look()
+        return body, descriptors
 
     def descriptors(self) -> list[int]:
         """Hand over every descriptor not yet popped (the caller closes them when the connection ends)."""
-        left = self._unowned + [fd for _, owned in self._frames for fd in owned]
-        self._unowned = []
-        self._frames = deque((body, []) for body, _ in self._frames)
+        left = [fd for _, descriptors in self._descriptors for fd in descriptors]
+        self._descriptors.clear()
         return left

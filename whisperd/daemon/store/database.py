@@ -237,7 +237,9 @@ class Database:
             if not isinstance(error, WhisperdError):
                 log.exception("store call failed")
             execute("ROLLBACK TO call")
-            call.outcome = error
+            # From here on a value. Its traceback would lead back to the call: a circle that only the collector ends,
+            # and it stops the loop for that.
+            call.outcome = error.with_traceback(None)
         execute("RELEASE call")
 
 
