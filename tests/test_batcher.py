@@ -24,7 +24,7 @@ from whisperd.model.engine import Engine
 from whisperd.model.loading import load
 from whisperd.model.run import Run
 from whisperd.model.transcript import Transcript
-from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn
+from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 from whisperd.protocol.errors import WhisperdError
 
 TEXT = (
@@ -195,11 +195,11 @@ def test_an_interactive_window_has_a_place_and_no_background_window_is_encoded_b
 def test_background_windows_move_under_a_stream_of_interactive_ones(tmp_path: Path) -> None:
     windows = Windows(tmp_path, windows=1)
     windows.ask("background")
-    for n in range(2 * MAX_INTERACTIVE_IN_A_ROW):
+    for n in range(2 * INTERACTIVE_IN_A_ROW):
         windows.ask(f"urgent {n}", interactive=True)
     windows.go.set()
     windows.join()
-    assert windows.begun.index("background") == MAX_INTERACTIVE_IN_A_ROW
+    assert windows.begun.index("background") == INTERACTIVE_IN_A_ROW
 
 
 def test_a_cancelled_window_ends_at_the_next_step_and_the_others_go_on(tmp_path: Path) -> None:

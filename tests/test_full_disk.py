@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import sqlite3
@@ -95,6 +96,42 @@ def test_a_full_disk_refuses_new_work_and_nothing_else(
         assert submit(client, recording())["state"] == "queued"
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.log()
+
+
+def leave(daemon: Daemon, client: RawClient, free_bytes: int) -> None:
+    """Have somebody take the disk but for about so many bytes, and wait until the daemon knows."""
+    path = daemon.state_dir / "fill"
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(daemon.state_dir).free - free_bytes)
+    wait_until(lambda: abs(client.call("stats")["free_bytes"] - free_bytes) < 2**18)
+
+
+def test_no_setting_lets_submits_have_what_two_ballasts_need(
+    tiny: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
+) -> None:
+    """Below that nothing is decoded: queued audio would lie there for ever. All that takes no room goes on."""
+    daemon = tiny(model=str(micro))
+    daemon.start(ready=True)
+    with daemon.client() as client:
+        done = submit(client, recording())["id"]
+        assert client.result(done)["job"]["state"] == "done"
+        client.call("pause")
+        waiting = submit(client, recording(), key="k")["id"]
+        bound = client.call("stats")["min_free_bytes"]
+        assert bound == 2 * TINY["ballast_bytes"] > TINY["min_free_bytes"]
+        leave(daemon, client, bound - 2**19)
+        assert error_of(lambda: submit(client, recording())) == "storage_full"
+        assert any("nearly full" in problem for problem in client.call("health")["problems"])
+        assert ballast(daemon).exists(), "the disk is not full"
+        assert client.call("result", job=done)["transcript"]["segments"]
+        assert client.call("cancel", job=waiting)["job"]["state"] == "cancelled"
+        for job in (waiting, done):
+            assert client.call("forget", job=job)["job"]["id"] == job
+        assert client.call("jobs")["jobs"] == []
+        leave(daemon, client, bound + 2**19)
+        client.call("resume")
+        assert client.result(submit(client, recording())["id"])["job"]["state"] == "done"
 
 
 def test_a_full_disk_can_be_tidied_for_ever(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def settings(place: Path, model: str = "") -> dict[str, Any]:
         "fast_windows": 3,
         "batch_windows": 2,
         "device_memory_mb": 0,
+        "interactive_windows_in_a_row": 8,
     }
 
 

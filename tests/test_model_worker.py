@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.support import wait_until
-from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn, Worker
+from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
 from whisperd.protocol.errors import WhisperdError
 
 
@@ -63,14 +63,14 @@ def test_background_work_moves_under_a_stream_of_interactive_work() -> None:
     worker, order = Worker("test"), []
     held = Held(worker)
     threads = []
-    for number in range(2 * MAX_INTERACTIVE_IN_A_ROW + 2):
+    for number in range(2 * INTERACTIVE_IN_A_ROW + 2):
         name, turn = ("background", Turn()) if number < 2 else ("interactive", Turn(interactive=True))
         threads.append(start(lambda name=name, turn=turn: worker.call(turn, lambda: order.append(name))))
         wait_until(lambda number=number: len(worker._waiting) == number + 1)
     held.release()
     for thread in threads:
         thread.join(10)
-    stretch = ["interactive"] * MAX_INTERACTIVE_IN_A_ROW + ["background"]
+    stretch = ["interactive"] * INTERACTIVE_IN_A_ROW + ["background"]
     assert order == stretch * 2
 
 

@@ -155,6 +155,10 @@ class Config:
         low=0.01,
     )
 
+    interactive_windows_in_a_row: int = _setting(
+        8, "Windows of interactive recordings that the model takes in a row while background ones wait.", low=1
+    )
+
     # --- the queue ---
     capacity: int = _setting(1000, "How many jobs may wait; beyond it a submit is `queue_full`.", flag=True, low=2)
     interactive_capacity_share: float = _setting(
@@ -162,6 +166,11 @@ class Config:
     )
     capacity_share_per_user: float = _setting(
         0.5, "Part of `capacity` that the waiting jobs of one user may take (admins exempt).", low=0, high=1
+    )
+    interactive_in_a_row: int = _setting(
+        16,
+        "Interactive pieces of work in a row, in a lane that does one at a time, while background work waits.",
+        low=1,
     )
     interactive_per_user: int = _setting(8, "Interactive jobs of one user that may wait (admins exempt).", low=1)
     share_results: str = _setting(
@@ -310,6 +319,18 @@ class Config:
         high=10_000,
     )
     connections_per_user: int = _setting(1024, "Connections of one user (admins exempt).", low=1, high=1_000_000)
+    listen_backlog: int = _setting(
+        1024,
+        "Connections that may wait to be accepted; a socket of systemd's has its unit's `Backlog=`.",
+        low=1,
+        high=65_535,
+    )
+    linger_s: float = _setting(
+        1.0,
+        "Seconds that a client who is refused may go on sending, so that it gets to read why.",
+        low=0,
+        high=60,
+    )
     open_requests: int = _setting(
         64, "Unanswered requests of one connection; then it is not read on.", low=1, high=4096
     )
@@ -319,6 +340,12 @@ class Config:
         "three milliseconds.",
         low=1,
         high=10_000,
+    )
+    turn_requests: int = _setting(
+        2,
+        "Requests of one connection that are handled before others have their turn; few, for a turn serves hundreds.",
+        low=1,
+        high=1000,
     )
     turn_reads_per_user: int = _setting(
         16, "Connections of one user that are read before others have their turn.", low=1, high=10_000

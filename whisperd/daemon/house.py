@@ -27,6 +27,7 @@ from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.scheduler import Turns
 from whisperd.daemon.server import Peer
 from whisperd.daemon.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
@@ -60,7 +61,7 @@ class House:
                 unlimited=self.is_admin,
             )
         )
-        self.board, self.metrics = Board(), Metrics()
+        self.board, self.metrics = Board(self._turns()), Metrics()
         self.watchers = Watchers(most_per_user=config.watches_per_user, unlimited=self.is_admin)
         self.ledger = Ledger(
             database=database,
@@ -84,6 +85,7 @@ class House:
             loop,
             ahead=config.decode_ahead,
             full_disk_pause_s=config.full_disk_pause_s,
+            turns=self._turns(),
         )
         self.weights = WeightsLane(
             lambda freed: self._pool("fetcher", 1, config.fetch_timeout_s, env, freed), loop, config, env
@@ -113,7 +115,12 @@ class House:
             limit_s=self.config.copy_limit_s,
             per_user=self.config.copies_per_user,
             unlimited=self.is_admin,
+            turns=self._turns(),
         )
+
+    def _turns(self) -> Turns:
+        """Return the memory of one lane, of who had his turn."""
+        return Turns(self.config.interactive_in_a_row)
 
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
         config = self.config

@@ -30,12 +30,8 @@ _READ_BYTES = 64 * 1024
 _FIRST_READ_BYTES = 8 * 1024
 # What one connection may do in one turn of the loop before the others have theirs.
 _WRITE_BYTES_A_TURN = 256 * 1024
-# Few, for a turn serves hundreds of connections. Nobody is bound by it: what is left is handled by and by.
-_REQUESTS_A_TURN = 2
 # Room for as many descriptors as the kernel passes at once: a truncated message then means that we have run out.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(253 * array.array("i").itemsize)
-# A client that is refused while it still sends must be able to finish sending, or it never reads the reason.
-_LINGER_S = 1.0
 _LOW_WATER_BYTES = 64 * 1024
 
 
@@ -189,7 +185,7 @@ class Link:
         self._settle()
 
     def _step(self) -> None:
-        for _ in range(_REQUESTS_A_TURN):
+        for _ in range(self._config.turn_requests):
             if not self.connection.can_step:
                 return
             if not self.budget.may_handle():
@@ -368,7 +364,7 @@ class Link:
         self._state = _State.LINGERING
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-        self._loop.call_later(_LINGER_S, lambda: self._close("lingered"))
+        self._loop.call_later(self._config.linger_s, lambda: self._close("lingered"))
 
     def abort(self, reason: str) -> None:
         """Close without sending the rest."""

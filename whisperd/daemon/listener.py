@@ -20,8 +20,6 @@ from whisperd.protocol.systemd import listen_fds
 
 log = logging.getLogger("whisperd.server")
 
-_BACKLOG = 1024
-
 
 class SocketTakenError(Exception):
     """Another process answers on the socket. The daemon ends with exit code 3."""
@@ -152,7 +150,7 @@ def _bind(config: Config) -> socket.socket:
         if config.socket_group:
             os.chown(config.socket, -1, group_id(config.socket_group, "socket_group"))
         config.socket.chmod(config.socket_mode_bits)
-        sock.listen(_BACKLOG)
+        sock.listen(config.listen_backlog)
     except BaseException:
         config.socket.unlink(missing_ok=True)
         sock.close()

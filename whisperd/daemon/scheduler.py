@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 from whisperd.protocol.jobs import Priority
 
-# A lane with one place has none to keep for background work: so many interactive pieces go before it, then one of it.
-MAX_INTERACTIVE_IN_A_ROW = 16
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
@@ -27,18 +24,28 @@ class Waiting:
 
 
 class Turns:
-    """Remembers, a lane, when each user was last served (in services, not in seconds)."""
+    """Remembers, a lane, when each user was last served (in services, not in seconds).
 
-    def __init__(self) -> None:
+    A lane with one place has none to keep for background work: `interactive_in_a_row` interactive pieces go before it,
+    then one of it.
+    """
+
+    def __init__(self, interactive_in_a_row: int = 16) -> None:
+        self._most_in_a_row = interactive_in_a_row
         self._served: dict[tuple[Priority, int], int] = {}
         self._count = 0
-        self.interactive_in_a_row = 0  # since background work was last started
+        self._in_a_row = 0  # interactive pieces since background work was last started
 
     def serve(self, priority: Priority, uid: int) -> None:
         """Note that a user's work was started."""
         self._count += 1
-        self.interactive_in_a_row = self.interactive_in_a_row + 1 if priority is Priority.INTERACTIVE else 0
+        self._in_a_row = self._in_a_row + 1 if priority is Priority.INTERACTIVE else 0
         self._served[priority, uid] = self._count
+
+    @property
+    def background_is_due(self) -> bool:
+        """True when interactive work has gone first often enough."""
+        return self._in_a_row >= self._most_in_a_row
 
     def last(self, priority: Priority, uid: int) -> int:
         """Return a number that is lower the longer a user has not been served; 0 = never."""
@@ -75,17 +82,17 @@ def _by_turns(work: list[Waiting], served: Mapping[int, int]) -> list[Waiting]:
 
 
 def places(
-    *, capacity: int, busy: Mapping[Priority, int], waiting: Mapping[Priority, int], interactive_in_a_row: int = 0
+    *, capacity: int, busy: Mapping[Priority, int], waiting: Mapping[Priority, int], background_is_due: bool = False
 ) -> Mapping[Priority, int]:
     """Return how many pieces of each priority a lane may start now.
 
     Of a lane with room for two or more, background work never takes the last place (an interactive piece would wait
     for it), and interactive work leaves one to background work that waits or works (it would starve). A lane with one
-    place serves whoever is first, and background work after `MAX_INTERACTIVE_IN_A_ROW` interactive pieces.
+    place serves interactive work first, unless background work is due.
     """
     free = max(0, capacity - sum(busy.values()))
     if capacity < 2:
-        its_turn = interactive_in_a_row >= MAX_INTERACTIVE_IN_A_ROW or not waiting[Priority.INTERACTIVE]
+        its_turn = background_is_due or not waiting[Priority.INTERACTIVE]
         for_background = free if waiting[Priority.BACKGROUND] and its_turn else 0
         return {Priority.INTERACTIVE: free - for_background, Priority.BACKGROUND: for_background}
     left_to_background = 1 if waiting[Priority.BACKGROUND] and not busy[Priority.BACKGROUND] else 0
@@ -99,8 +106,7 @@ def pick(waiting: Iterable[Waiting], turns: Turns, *, capacity: int, busy: Mappi
     """Return the piece of work that a lane starts next, or None. Call again after each start."""
     ordered = in_order(waiting, turns)
     counts = {priority: sum(piece.priority is priority for piece in ordered) for priority in Priority}
-    in_a_row = turns.interactive_in_a_row
-    room = places(capacity=capacity, busy=busy, waiting=counts, interactive_in_a_row=in_a_row)
+    room = places(capacity=capacity, busy=busy, waiting=counts, background_is_due=turns.background_is_due)
     return next((piece for piece in ordered if room[piece.priority] > 0), None)
 
 

@@ -21,7 +21,7 @@ from whisperd.model.batch.upstream import Aligner, Reading, language_of
 from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.loading import LoadedModel
 from whisperd.model.memory import free_bytes, windows_that_fit
-from whisperd.model.worker import Turn
+from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 
 # Beyond 8 rows a step on a CPU takes longer by as much as it does more.
 MOST_WINDOWS = {"cpu": 8, "cuda": 32}
@@ -44,6 +44,7 @@ class Engine:
         windows: int = 0,
         memory_limit_mb: int = 0,
         release: bool = False,
+        interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
     ) -> None:
         self.model = model
         whisper, dims = model.whisper, model.whisper.dims
@@ -70,8 +71,10 @@ class Engine:
                 rows=self.windows + 1,
             )
         limits = Limits(windows=self.windows, rows=self.windows * _ROWS_A_WINDOW)
-        self._aligner = Aligner(whisper)
-        self._batcher = Batcher(encoder, live, kernels, limits, on_step=on_step)
+        self._aligner = Aligner(whisper, interactive_in_a_row=interactive_in_a_row)
+        self._batcher = Batcher(
+            encoder, live, kernels, limits, on_step=on_step, interactive_in_a_row=interactive_in_a_row
+        )
         self.counters = self._batcher.counters
 
     def wake(self) -> None:

@@ -62,6 +62,7 @@ class Settings:
     fast_windows: int
     batch_windows: int
     device_memory_mb: int
+    interactive_windows_in_a_row: int
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -77,6 +78,7 @@ class Settings:
             fast_windows=values["fast_windows"],
             batch_windows=values["batch_windows"],
             device_memory_mb=values["device_memory_mb"],
+            interactive_windows_in_a_row=values["interactive_windows_in_a_row"],
         )
 
 
@@ -90,7 +92,7 @@ class ModelHelper:
         self._speech: SpeechDetector | None = None
         self._error = ""
         self._software: dict[str, Any] = {}
-        self._mel_worker = Worker("mel")
+        self._mel_worker = Worker("mel", interactive_in_a_row=settings.interactive_windows_in_a_row)
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, int], Run] = {}
         self._done_s = 0.0  # audio of runs that have ended
@@ -138,6 +140,7 @@ class ModelHelper:
                 windows=settings.batch_windows,
                 memory_limit_mb=settings.device_memory_mb,
                 release=True,
+                interactive_in_a_row=settings.interactive_windows_in_a_row,
             )
             self._speech = SpeechDetector()
         except Exception as error:

@@ -51,9 +51,9 @@ class _Piece(Generic[T]):
         self.error: BaseException | None = None
 
 
-# How many pieces of interactive runs are served in a row while others wait: background work crawls under a stream of
-# interactive work, but it moves.
-MAX_INTERACTIVE_IN_A_ROW = 8
+# Where nobody says otherwise: pieces of interactive runs that are served in a row while others wait. Background work
+# crawls under a stream of interactive work, but it moves.
+INTERACTIVE_IN_A_ROW = 8
 
 
 class Worker:
@@ -64,10 +64,10 @@ class Worker:
     A run waits for its piece before it brings the next one, so runs of one priority take turns by themselves.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW) -> None:
         self._changed = threading.Condition()
         self._waiting: list[_Piece[Any]] = []
-        self._interactive_in_a_row = 0
+        self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
         self.busy_s = 0.0
         start_thread(self._serve, name=name)
 
@@ -106,7 +106,7 @@ class Worker:
     def _take(self) -> _Piece[Any]:
         interactive = [piece for piece in self._waiting if piece.turn.interactive]
         others = [piece for piece in self._waiting if not piece.turn.interactive]
-        preferred = others if self._interactive_in_a_row >= MAX_INTERACTIVE_IN_A_ROW else interactive
+        preferred = others if self._interactive_in_a_row >= self._most_in_a_row else interactive
         piece = (preferred or self._waiting)[0]
         self._interactive_in_a_row = self._interactive_in_a_row + 1 if piece.turn.interactive and others else 0
         self._waiting.remove(piece)

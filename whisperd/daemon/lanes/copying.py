@@ -83,13 +83,14 @@ class CopyLane:
         limit_s: float,
         per_user: int,
         unlimited: Callable[[int], bool],
+        turns: Turns,
     ) -> None:
         self.pool = make_pool(self.pump)
         self._spool, self._loop = spool, loop
         self._limit_s = limit_s
         self._per_user = per_user
         self._unlimited = unlimited
-        self._turns = Turns()
+        self._turns = turns
         self._tickets = itertools.count(1)
         self._copies: dict[int, Copy] = {}
         self._committing: dict[int, Copy] = {}

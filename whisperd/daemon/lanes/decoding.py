@@ -33,13 +33,14 @@ class DecodeLane:
         *,
         ahead: int,
         full_disk_pause_s: float,
+        turns: Turns,
     ) -> None:
         self.pool = make_pool(self.pump)
         self._ledger = ledger
         self._loop = loop
         self._ahead = ahead
         self._full_disk_pause_s = full_disk_pause_s
-        self._turns = Turns()
+        self._turns = turns
         self._generations = itertools.count(1)
         self._active: dict[int, str] = {}  # run → its folder: a retried run has the folder of the one before it
         self._paused = False

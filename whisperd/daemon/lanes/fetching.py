@@ -53,7 +53,7 @@ class FetchLane:
         self.pool = make_pool(self.pump)
         self._ledger, self._loop, self._config, self._model = ledger, loop, config, model
         self._paused = paused  # by an administrator: nothing is begun
-        self._turns = Turns()
+        self._turns = Turns(config.interactive_in_a_row)
         self._generations = itertools.count(1)
         self._active: dict[int, Priority] = {}  # from the commit of the start to that of the end
         self._backing_off: set[int] = set()

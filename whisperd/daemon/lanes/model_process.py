@@ -186,6 +186,7 @@ class ModelProcess:
                 "fast_windows": config.fast_windows,
                 "batch_windows": config.batch_windows,
                 "device_memory_mb": config.device_memory_mb,
+                "interactive_windows_in_a_row": config.interactive_windows_in_a_row,
             },
             nice=config.helper_nice,
             log_level=config.log_level,

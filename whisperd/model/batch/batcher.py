@@ -19,7 +19,7 @@ from whisperd.model.batch.search import Outcome, Search
 from whisperd.model.batch.windows import Window
 from whisperd.model.memory import is_out_of_memory
 from whisperd.model.threads import start_thread
-from whisperd.model.worker import MAX_INTERACTIVE_IN_A_ROW, Turn
+from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 
@@ -113,13 +113,14 @@ class Batcher:
         limits: Limits,
         *,
         on_step: Callable[[], None],
+        interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
     ) -> None:
         self.counters = Counters()
         self._encoder, self._live, self._kernels, self._limits = encoder, live, kernels, limits
         self._on_step = on_step
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
-        self._interactive_in_a_row = 0
+        self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
         start_thread(self._serve, name="batcher", cores=torch.get_num_threads())
 
     def call(self, request: Request) -> Any:
@@ -168,7 +169,7 @@ class Batcher:
             waiting = list(self._waiting)
         interactive = [request for request in waiting if request.turn.interactive]
         background = [request for request in waiting if not request.turn.interactive]
-        if background and self._interactive_in_a_row >= MAX_INTERACTIVE_IN_A_ROW:
+        if background and self._interactive_in_a_row >= self._most_in_a_row:
             order = background  # background work crawls under a stream of interactive work, but it moves
         elif interactive or (self._interactive_is_live() and not self._kernels.encodes_beside_steps):
             order = interactive

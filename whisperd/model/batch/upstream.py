@@ -18,7 +18,7 @@ from whisper.model import Whisper
 from whisper.timing import WordTiming, dtw, find_alignment
 
 from whisperd.model.batch.decoder import Decoder
-from whisperd.model.worker import Turn, Worker
+from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
 
 
 class _OfLanguages:
@@ -86,8 +86,8 @@ class _OfTimes:
 class Aligner:
     """Finds the times of words. Two threads in numba's code abort the process, so there is one."""
 
-    def __init__(self, whisper: Whisper) -> None:
-        self.worker = Worker("align")
+    def __init__(self, whisper: Whisper, *, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW) -> None:
+        self.worker = Worker("align", interactive_in_a_row=interactive_in_a_row)
         self._whisper = whisper
         self._heads = whisper.alignment_heads.cpu()
         self.layers = set(self._heads.indices()[0].tolist())
