@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import wait_until
-from whisperd.daemon.connection import MAX_DESCRIPTORS, Connection
-from whisperd.daemon.user_budget import UserBudget
+from whisperd.daemon.wire.connection import MAX_DESCRIPTORS, Connection
+from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, Raw, encode_body, encode_frame, parse_body
 from whisperd.protocol.messages import Request

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import wait_until
-from whisperd.daemon.descriptors import Closer
+from whisperd.daemon.wire.descriptors import Closer
 
 
 @pytest.fixture

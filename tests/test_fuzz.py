@@ -41,7 +41,7 @@ def test_the_target_sees_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr("whisperd.daemon.connection.parse_request", broken)
+    monkeypatch.setattr("whisperd.daemon.wire.connection.parse_request", broken)
     assert fuzz_parser(1, 50).violations
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from tests.support import stop_process, wait_until
 from tests.watched_helper import Watched
-from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.helpers.helper import ExitReason, Helper
+from whisperd.daemon.helpers.spawning import spawner
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.spawning import spawner
 from whisperd.protocol.helper_messages import Copied, Failed, Finished
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,10 @@ def test_it_starts_is_configured_and_sends_heartbeats(watch: Callable[..., Watch
     assert odd.helper.rss_bytes() > 1_000_000
 
 
-def test_it_inherits_its_environment_and_nothing_else(watch: Callable[..., Watched]) -> None:
+def test_it_inherits_its_environment_and_nothing_else(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT")  # the tests' own
     extra, other = socket.socketpair()
     os.set_inheritable(extra.fileno(), True)
     first = watch()

@@ -17,7 +17,7 @@ from tests.superserver import Superserver, superserver
 from tests.support import requires_root, running_daemon, wait_until, write_noise
 from tests.watched_helper import Watched
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.spool import Spool
 from whisperd.protocol.helper_messages import Failed
 
 

@@ -15,12 +15,12 @@ import pytest
 from tests.support import Daemon, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
-from whisperd.daemon.board import Board
-from whisperd.daemon.inventory import Inventory
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.board import Board
+from whisperd.daemon.state.inventory import Inventory
+from whisperd.daemon.state.ledger import Ledger
+from whisperd.daemon.state.spool import Spool
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.watchers import Watchers

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import Daemon, submit, wait_until
-from whisperd.daemon.housekeeping import ClockGuard
+from whisperd.daemon.state.housekeeping import ClockGuard
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,22 @@ def test_the_ladder(path: Path) -> None:
         elif top not in sys.stdlib_module_names:
             assert top in libraries, f"{path.name} imports {module}"
         assert own == OWNERS.get(top, own), f"{top} belongs to {OWNERS.get(top)}"
+
+
+@pytest.mark.parametrize(
+    "package", ["whisperd.daemon", "whisperd.model", "whisperd.protocol", "whisperd.fetch", "whisperctl"]
+)
+def test_inside_a_room_imports_run_one_way_too(package: str) -> None:
+    """Folders and single modules of a room import each other in one direction."""
+    graph: dict[str, set[str]] = {}
+    depth = package.count(".") + 1
+    for path in SOURCES:
+        name = module_name(path).split(".")
+        if name[:depth] == package.split(".") and len(name) > depth:
+            others = (module.split(".") for module in imports(path))
+            known = {other[depth] for other in others if other[:depth] == package.split(".") and len(other) > depth}
+            graph.setdefault(name[depth], set()).update(known - {name[depth]})
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def loaded(statement: str) -> set[str]:

@@ -25,9 +25,9 @@ import pytest
 
 from tests.support import RawClient, requires_root, wait_until
 from whisperd.daemon.config import Config, ConfigError, load_config
-from whisperd.daemon.listener import Listener, SocketTakenError, open_listener
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.server import Peer, Server
+from whisperd.daemon.wire.listener import Listener, SocketTakenError, open_listener
+from whisperd.daemon.wire.server import Peer, Server
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import Raw, encode_body, encode_frame
 from whisperd.protocol.messages import Request
@@ -595,7 +595,7 @@ sock.bind(str(path)); sock.listen()
 os.dup2(sock.fileno(), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 from tests.test_server import settings
-from whisperd.daemon.listener import open_listener
+from whisperd.daemon.wire.listener import open_listener
 listener = open_listener(settings(path.parent))
 assert listener.inherited and "LISTEN_FDS" not in os.environ and not os.get_inheritable(3)
 client = socket.socket(socket.AF_UNIX)

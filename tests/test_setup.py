@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from whisperd.daemon import user_units
-from whisperd.daemon.setup import Device
+from whisperd.daemon.setup import user_units
+from whisperd.daemon.setup.steps import Device
 from whisperd.protocol.catalogue import CHECKPOINTS
 
 GIB = 2**30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support import requires_root, small_disk, wait_until
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.spool import Spool
 
 
 def test_a_start_sweeps_what_no_row_names_whatever_it_is(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.reference_queue import Order, Reference, Refused, Work
-from whisperd.daemon.board import Board
 from whisperd.daemon.scheduler import pick
+from whisperd.daemon.state.board import Board
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import Change, Event, NewJob, RunRow, pack

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from tests.installed import PYTHON
 from tests.machine import Machine, requires_systemd
 from tests.support import wait_until
-from whisperd.daemon import user_units
+from whisperd.daemon.setup import user_units
 from whisperd.protocol.catalogue import CHECKPOINTS
 
 pytestmark = requires_systemd
@@ -72,7 +72,9 @@ def test_without_a_user_manager_it_says_what_to_do_and_changes_nothing(machine: 
 
 
 def test_units_that_setup_writes_are_clean(machine: Machine) -> None:
-    code = "from whisperd.daemon import user_units; from pathlib import Path; user_units.write(Path('/tmp/units'))"
+    code = (
+        "from whisperd.daemon.setup import user_units; from pathlib import Path; user_units.write(Path('/tmp/units'))"
+    )
     machine.run(PYTHON, "-c", code)
     units = [f"/tmp/units/{name}" for name in user_units.NAMES]
     for strict in ((), ("--recursive-errors=no",)):

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support import error_of
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.server import Peer
 from whisperd.daemon.store.rows import Event
 from whisperd.daemon.watchers import Wait, Watchers
+from whisperd.daemon.wire.server import Peer
 
 END = Event(job_id=1, uid=0, seq=3, kind="end", payload={"state": "done", "error": None})
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from tests.support import wait_until
-from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.helpers.helper import ExitReason, Helper
 from whisperd.daemon.loop import Loop
 from whisperd.protocol.helper_messages import CopyIn, Heartbeat, HelperMessage
 

@@ -17,7 +17,7 @@ def main() -> None:
     except ImportError:
         sys.exit("atheris is not installed: pip install atheris, or use `python -m torture fuzz`, which needs nothing")
     # Only what is imported in here is instrumented, and nothing of it may have been imported before.
-    with atheris.instrument_imports(include=["whisperd.protocol", "whisperd.daemon.connection"]):
+    with atheris.instrument_imports(include=["whisperd.protocol", "whisperd.daemon.wire.connection"]):
         from torture import mutating, targets
 
     def one(data: bytes) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, get_args, get_origin, get_type_hints
 
-from whisperd.daemon.connection import Connection
-from whisperd.daemon.user_budget import UserBudget
+from whisperd.daemon.wire.connection import Connection
+from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError, FrameReader, parse_body
 from whisperd.protocol.helper_messages import HelperMessage, from_wire

@@ -18,8 +18,7 @@ from rich.text import Text
 from whisperctl.history import SPAN_S, History, Snapshot
 from whisperctl.plot import plot
 from whisperctl.render import how_it_is, source_label
-from whisperctl.service import model_words
-from whisperctl.words import duration, number, plural, safe, shortened, size
+from whisperctl.words import duration, model_words, number, plural, safe, shortened, size
 from whisperd.protocol.jobs import Job
 
 _PLOT_LINES = 3

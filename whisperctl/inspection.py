@@ -19,8 +19,7 @@ import whisperd
 from whisperctl.client import Client
 from whisperctl.connection import seconds_left
 from whisperctl.errors import BadRequest, JobTimeout
-from whisperctl.service import model_words
-from whisperctl.words import duration, size
+from whisperctl.words import duration, model_words, size
 from whisperd import __version__
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import WhisperdError

@@ -9,7 +9,7 @@ import click
 
 from whisperctl.exits import Exit
 from whisperctl.options import Shell, common_options, json_option
-from whisperctl.words import bar, duration, number, paint, safe, size, to_json
+from whisperctl.words import bar, duration, model_words, number, paint, safe, size, to_json
 from whisperd.protocol.errors import WhisperdError
 
 _HEALTH_COLOURS = {"ready": "green", "degraded": "red", "paused": "yellow"}
@@ -157,18 +157,6 @@ def show_status(shell: Shell) -> int:
         for line in job_table(live, colours=screen.colours, width=screen.columns):
             screen.data(line)
     return Exit.DONE if answer.get("status") in ("ready", "paused") else Exit.UNREACHABLE
-
-
-def model_words(model: Mapping[str, Any]) -> str:
-    """Return `model small on cuda:0 (float16)`, or what keeps it from that."""
-    name, state = safe(model.get("name", "?")), str(model.get("state", "?"))
-    if state == "ready":
-        dtype = f" ({safe(model['dtype'])})" if model.get("dtype") else ""
-        return f"model {name} on {safe(model.get('device', '?'))}{dtype}"
-    if state == "downloading" and model.get("progress") is not None:
-        return f"model {name} is being downloaded ({model['progress']:.0%})"
-    words = {"unloaded": "not loaded", "failed": "failed to load"}.get(state, safe(state))
-    return f"model {name} {words}"
 
 
 def health_lines(health: Mapping[str, Any], *, colours: bool) -> list[str]:

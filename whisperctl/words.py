@@ -117,3 +117,15 @@ def to_json(value: Mapping[str, Any]) -> str:
     text = json.dumps(value, ensure_ascii=False)
     # json.dumps escapes C0 itself; DEL, C1 and the rest come from names and texts.
     return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def model_words(model: Mapping[str, Any]) -> str:
+    """Return `model small on cuda:0 (float16)`, or what keeps it from that."""
+    name, state = safe(model.get("name", "?")), str(model.get("state", "?"))
+    if state == "ready":
+        dtype = f" ({safe(model['dtype'])})" if model.get("dtype") else ""
+        return f"model {name} on {safe(model.get('device', '?'))}{dtype}"
+    if state == "downloading" and model.get("progress") is not None:
+        return f"model {name} is being downloaded ({model['progress']:.0%})"
+    words = {"unloaded": "not loaded", "failed": "failed to load"}.get(state, safe(state))
+    return f"model {name} {words}"

@@ -12,30 +12,30 @@ from typing import Any
 
 from whisperd import __version__
 from whisperd.daemon.admission import Applicant, check_admission, check_room, places_per_user
-from whisperd.daemon.board import Board
 from whisperd.daemon.config import Config, admin_uids
-from whisperd.daemon.descriptors import closing_is_stuck
-from whisperd.daemon.disk import Disk
-from whisperd.daemon.housekeeping import ClockGuard, Housekeeping, seen_at
-from whisperd.daemon.inventory import Inventory
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
 from whisperd.daemon.lanes.fetching import FetchLane
 from whisperd.daemon.lanes.modelling import ModelLane
 from whisperd.daemon.lanes.pool import Pool
 from whisperd.daemon.lanes.weights import WeightsLane
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
 from whisperd.daemon.scheduler import Turns
-from whisperd.daemon.server import Peer
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.board import Board
+from whisperd.daemon.state.disk import Disk
+from whisperd.daemon.state.housekeeping import ClockGuard, Housekeeping, seen_at
+from whisperd.daemon.state.inventory import Inventory
+from whisperd.daemon.state.ledger import Ledger
+from whisperd.daemon.state.spool import Spool
 from whisperd.daemon.store import DAY_S, Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.opening import StateError
 from whisperd.daemon.store.rows import Change
 from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers
+from whisperd.daemon.wire.descriptors import closing_is_stuck
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Priority

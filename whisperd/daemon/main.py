@@ -21,17 +21,17 @@ import click
 
 from whisperd import __version__
 from whisperd.daemon.config import Config, ConfigError, load_config
-from whisperd.daemon.descriptors import use_closers
-from whisperd.daemon.handlers import dispatch
+from whisperd.daemon.helpers.spawning import spawner
 from whisperd.daemon.house import House
-from whisperd.daemon.listener import Listener, SocketTakenError, inherited_listener, make_folder
 from whisperd.daemon.loop import READ, Loop
 from whisperd.daemon.manager import ServiceManager
-from whisperd.daemon.server import Server
-from whisperd.daemon.spawning import spawner
+from whisperd.daemon.operations.handlers import dispatch
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.opening import StateError
+from whisperd.daemon.wire.descriptors import use_closers
+from whisperd.daemon.wire.listener import Listener, SocketTakenError, inherited_listener, make_folder
+from whisperd.daemon.wire.server import Server
 from whisperd.protocol import logs, systemd
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.paths import default_paths
@@ -123,7 +123,7 @@ def set_up(user: bool, model: str | None, remove: bool) -> None:
 
     May be run again: what is done already stays as it is. Exit code 1 when a step failed, which says what to do.
     """
-    from whisperd.daemon.setup import Setup, StepFailed
+    from whisperd.daemon.setup.steps import Setup, StepFailed
 
     try:
         if missing := _missing_packages():

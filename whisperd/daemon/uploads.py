@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from whisperd.daemon.loop import Loop, Timer
-from whisperd.daemon.server import Peer
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.messages import MAX_UNANSWERED_CHUNKS, Chunk

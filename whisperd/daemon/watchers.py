@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whisperd.daemon.loop import Timer
-from whisperd.daemon.server import Peer
 from whisperd.daemon.store.rows import Event
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 _Key = tuple[int, int]  # a peer's id, and its request's

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from whisperd.daemon.descriptors import close_apart
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import Turns, Waiting, pick
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.spool import Spool
+from whisperd.daemon.wire.descriptors import close_apart
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
     Copied,

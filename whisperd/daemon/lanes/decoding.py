@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.lanes.recording import record
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.scheduler import Turns, pick
+from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Decode, Decoded, Failed, HelperMessage, Progress

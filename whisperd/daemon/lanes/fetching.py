@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
 from whisperd.daemon.keys import share_key
 from whisperd.daemon.lanes.pool import Loss, Pool, Task
 from whisperd.daemon.lanes.recording import give_up, record
-from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.scheduler import Turns, pick
+from whisperd.daemon.state.board import LiveRun
+from whisperd.daemon.state.ledger import Ledger, StoreCall
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Failed, Fetch, Fetched, FetchFailed, HelperMessage, Progress

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.helpers.helper import ExitReason, Helper
 from whisperd.daemon.lanes.arrival import Arrival
 from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.loop import Loop, Timer

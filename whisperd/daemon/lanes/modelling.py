@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from whisperd.daemon.board import LiveRun
 from whisperd.daemon.config import Config
-from whisperd.daemon.helper import Helper
+from whisperd.daemon.helpers.helper import Helper
 from whisperd.daemon.lanes.idleness import Idleness, keep_alive_s
 from whisperd.daemon.lanes.model_process import ModelProcess
 from whisperd.daemon.lanes.recording import Recorder, give_up, record
 from whisperd.daemon.lanes.trials import Trials
 from whisperd.daemon.lanes.weights import WeightsLane
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import pick
+from whisperd.daemon.state.board import LiveRun
+from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (

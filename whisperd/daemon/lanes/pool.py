@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.helper import ExitReason, Helper
+from whisperd.daemon.helpers.helper import ExitReason, Helper
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.protocol.errors import ErrorCode
 from whisperd.protocol.helper_messages import Cancel, Failed, Heartbeat, HelperMessage, Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from whisperd.daemon.ledger import Ledger, StoreCall
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.state.ledger import Ledger, StoreCall
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 

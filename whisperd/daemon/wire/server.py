@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.link import Link, Peer
-from whisperd.daemon.listener import Listener, open_listener
 from whisperd.daemon.loop import READ, Loop, Timer
-from whisperd.daemon.user_budget import UserBudget
+from whisperd.daemon.wire.link import Link, Peer
+from whisperd.daemon.wire.listener import Listener, open_listener
+from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import whisperd
-from whisperd.daemon.descriptors import close_apart
-from whisperd.daemon.helper_body import Body, ChildProcess, UnitInstance
+from whisperd.daemon.helpers.body import Body, ChildProcess, UnitInstance
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
+from whisperd.daemon.wire.descriptors import close_apart
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameReader, encode_frame, parse_body
 from whisperd.protocol.helper_messages import Configure, HelperHello, HelperMessage, from_wire, to_wire

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from whisperd.daemon.accepting import Fail, Reply
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, source_key
-from whisperd.daemon.server import Peer
+from whisperd.daemon.operations.accepting import Fail, Reply
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, NewJob, about
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.messages import Submit, source_to_wire
 

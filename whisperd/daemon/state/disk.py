@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.ballast import Ballast, free_bytes, refuse_read_only
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 

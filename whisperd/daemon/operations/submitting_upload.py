@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.server import Peer
+from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
 from whisperd.daemon.store import Answer, key_conflict
 from whisperd.daemon.uploads import Upload
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied

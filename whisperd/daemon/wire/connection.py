@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from whisperd.daemon.descriptors import close_apart
-from whisperd.daemon.user_budget import UserBudget
+from whisperd.daemon.wire.descriptors import close_apart
+from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.frames import (

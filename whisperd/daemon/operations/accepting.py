@@ -8,8 +8,8 @@ from typing import Any
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, share_key
 from whisperd.daemon.lanes.copying import Copy, CopyLane
-from whisperd.daemon.server import Peer
 from whisperd.daemon.store.rows import Change, NewJob, about
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.helper_messages import Copied
 from whisperd.protocol.messages import Submit, source_to_wire

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from whisperd.daemon import user_units
 from whisperd.daemon.config import Config, load_config
+from whisperd.daemon.setup import user_units
 from whisperd.protocol.catalogue import CHECKPOINTS, HOME_URL
 from whisperd.protocol.paths import Paths, default_paths
 

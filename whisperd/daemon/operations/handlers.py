@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 from whisperd import __version__
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.weights import Listener
-from whisperd.daemon.ledger import StoreCall
-from whisperd.daemon.retrying import retry
-from whisperd.daemon.server import Peer
-from whisperd.daemon.statistics import statistics
+from whisperd.daemon.operations.retrying import retry
+from whisperd.daemon.operations.statistics import statistics
+from whisperd.daemon.operations.submitting import check_traits, submit_file
+from whisperd.daemon.operations.submitting_fetch import submit_fetch
+from whisperd.daemon.operations.submitting_upload import submit_upload
+from whisperd.daemon.state.ledger import StoreCall
 from whisperd.daemon.store import Answer, not_found
 from whisperd.daemon.store.rows import Event, JobRow, RunRow, about
-from whisperd.daemon.submitting import check_traits, submit_file
-from whisperd.daemon.submitting_fetch import submit_fetch
-from whisperd.daemon.submitting_upload import submit_upload
 from whisperd.daemon.watchers import Subscription, Wait
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import Raw

@@ -12,10 +12,10 @@ from enum import Enum
 from typing import Any
 
 from whisperd.daemon.config import Config
-from whisperd.daemon.connection import Connection
-from whisperd.daemon.descriptors import close_apart, closing_is_stuck
 from whisperd.daemon.loop import READ, WRITE, Loop, Timer
-from whisperd.daemon.user_budget import UserBudget
+from whisperd.daemon.wire.connection import Connection
+from whisperd.daemon.wire.descriptors import close_apart, closing_is_stuck
+from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.channel import received_descriptors
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request

@@ -8,9 +8,9 @@ from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.keys import share_key, source_key
-from whisperd.daemon.server import Peer
 from whisperd.daemon.store import check_retry
 from whisperd.daemon.store.rows import Change, JobRow, RunRow, about
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 
 

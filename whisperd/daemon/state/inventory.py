@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.state.ledger import Ledger
 from whisperd.protocol.errors import WhisperdError
 
 Then = Callable[[Mapping[str, Any]], None]

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from whisperd.daemon.ledger import Ledger
 from whisperd.daemon.loop import Loop
+from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.rows import Change
 
 log = logging.getLogger("whisperd")

@@ -11,13 +11,13 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from whisperd.daemon.accepting import Fail, Reply, accept, early_fingerprint, fingerprint_of, outlives_client
-from whisperd.daemon.descriptors import close_apart, look_at
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.server import Peer
+from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, fingerprint_of, outlives_client
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, about
+from whisperd.daemon.wire.descriptors import close_apart, look_at
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied

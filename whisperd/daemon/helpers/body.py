@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import whisperd
-from whisperd.daemon.spawning import spawner
+from whisperd.daemon.helpers.spawning import spawner
 from whisperd.protocol.systemd import peer_uid
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from whisperd.daemon.helper import process_rss_bytes
+from whisperd.daemon.helpers.helper import process_rss_bytes
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.pool import Pool

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from whisperd.daemon.board import Board
 from whisperd.daemon.metrics import Metrics
-from whisperd.daemon.server import Peer
-from whisperd.daemon.spool import Spool
+from whisperd.daemon.state.board import Board
+from whisperd.daemon.state.spool import Spool
 from whisperd.daemon.store import Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import Change
 from whisperd.daemon.watchers import Watchers
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 

@@ -1,0 +1,1 @@
+"""`whisperd setup`: the first five minutes of somebody without root."""
