@@ -16,8 +16,9 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,37 @@ def test_a_crowd_of_one_user_lets_others_have_their_turn(folder: Path) -> None:
         # Within a user they take turns as well, two rounds at the most; one by one, the last begins at 1,960.
         firsts = [order.index(peer) for peer in {peer.id: peer for peer in order}.values() if peer.uid == 0]
         assert max(firsts) <= 2 * 50 * 16
+
+
+def test_a_connection_has_so_many_requests_a_turn(folder: Path) -> None:
+    with served(folder, turn_requests=5) as serve:
+        clients = [serve.client(), serve.client()]
+        for client in clients:
+            client.call("hello")
+
+        def while_the_loop_stands_still() -> None:
+            for client in clients:
+                for _ in range(10):
+                    client.send("hello")
+
+        serve.do(while_the_loop_stands_still)
+        wait_until(lambda: len(serve.requests) == 2 + 20)
+        order = [peer.id for peer, _ in serve.requests[2:]]
+        assert [len(list(turn)) for _, turn in groupby(order)] == [5, 5, 5, 5]
+
+
+def test_so_many_connections_may_wait_to_be_accepted(folder: Path) -> None:
+    with served(folder, listen_backlog=5) as serve, ExitStack() as stack:
+
+        def connect_while_nobody_accepts() -> int:
+            for count in range(100):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                if sock.connect_ex(str(folder / "s")):
+                    return count
+            return 100
+
+        assert serve.do(connect_while_nobody_accepts) == 5 + 1, "Linux has always let one more wait"
 
 
 @requires_root
