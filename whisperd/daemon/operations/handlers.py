@@ -119,7 +119,7 @@ def _handle_health(call: Call, params: Health) -> None:
 
 
 def _handle_stats(call: Call, params: Stats) -> None:
-    statistics(call.house, call.reply, call.fail, inspect=params.inspect)
+    statistics(call.house, call.reply, call.fail, in_turn=call.peer.in_turn, inspect=params.inspect)
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
