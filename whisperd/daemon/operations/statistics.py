@@ -13,7 +13,7 @@ from whisperd.daemon.helpers.helper import process_rss_bytes
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.pool import Pool
-from whisperd.daemon.link import Turn
+from whisperd.daemon.wire.link import Turn
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import JobState, Priority
 
