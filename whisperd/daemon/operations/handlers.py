@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from whisperd import __version__
 from whisperd.daemon.house import House
@@ -16,7 +17,7 @@ from whisperd.daemon.operations.statistics import statistics
 from whisperd.daemon.operations.submitting import check_traits, submit_file
 from whisperd.daemon.operations.submitting_fetch import submit_fetch
 from whisperd.daemon.operations.submitting_upload import submit_upload
-from whisperd.daemon.state.ledger import StoreCall
+from whisperd.daemon.operations.turns import ask_in_turn
 from whisperd.daemon.store import Answer, not_found
 from whisperd.daemon.store.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.watchers import Subscription, Wait
@@ -49,8 +50,6 @@ log = logging.getLogger("whisperd.handlers")
 
 _EVENT_PAGE = 500
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -78,24 +77,6 @@ class Call:
         return self.house.view_of(self.peer)
 
 
-def _read_in_turn(
-    call: Call, read: StoreCall[T], then: Callable[[T], None], failed: Callable[[WhisperdError], None]
-) -> None:
-    """Read from the store what may be large, once the client has taken what it was sent before."""
-
-    def start(done: Callable[[], None]) -> None:
-        def settle(answer: Callable[[], None]) -> None:
-            try:
-                answer()
-            finally:
-                done()
-
-        ledger = call.house.ledger
-        ledger.read(read, lambda value: settle(lambda: then(value)), lambda error: settle(lambda: failed(error)))
-
-    call.peer.in_turn(start)
-
-
 def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int]) -> None:
     """Handle one request. Whatever goes wrong is an answer to its client and nobody else's business."""
     call = Call(house, peer, request.id, descriptors)
@@ -119,7 +100,7 @@ def _handle_health(call: Call, params: Health) -> None:
 
 
 def _handle_stats(call: Call, params: Stats) -> None:
-    statistics(call.house, call.reply, call.fail, in_turn=call.peer.in_turn, inspect=params.inspect)
+    statistics(call.house, call.peer, call.reply, call.fail, inspect=params.inspect)
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
@@ -168,7 +149,8 @@ def _answer(call: Call, job_id: int) -> None:
         transcript = None if answer.transcript is None else Raw(answer.transcript)
         call.reply({"job": call.show(answer.job, answer.run), "transcript": transcript})
 
-    _read_in_turn(call, lambda db, now: store.answer(db, job_id, uid=view), then, call.fail)
+    read = partial(call.house.ledger.read, lambda db, now: store.answer(db, job_id, uid=view))
+    ask_in_turn(call.peer, read, then, call.fail)
 
 
 def _handle_jobs(call: Call, params: Jobs) -> None:
@@ -181,12 +163,11 @@ def _handle_jobs(call: Call, params: Jobs) -> None:
         shown = [call.show(job, run) for job, run in found[: params.limit]]
         call.reply({"jobs": shown, "more": len(found) > params.limit})
 
-    _read_in_turn(
-        call,
+    read = partial(
+        call.house.ledger.read,
         lambda db, now: store.jobs(db, uid=uid, state=params.state, before=params.before, limit=params.limit + 1),
-        then,
-        call.fail,
     )
+    ask_in_turn(call.peer, read, then, call.fail)
 
 
 def _handle_cancel(call: Call, params: Cancel) -> None:
@@ -274,7 +255,8 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
         _end_subscription(call)
 
     store = house.ledger.store
-    _read_in_turn(call, lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE), then, failed)
+    read = partial(house.ledger.read, lambda db, now: store.events(db, job_id, after_seq=after_seq, limit=_EVENT_PAGE))
+    ask_in_turn(call.peer, read, then, failed)
 
 
 def _handle_model(call: Call, params: Model) -> None:

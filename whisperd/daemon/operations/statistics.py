@@ -13,7 +13,8 @@ from whisperd.daemon.helpers.helper import process_rss_bytes
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.pool import Pool
-from whisperd.daemon.wire.link import Turn
+from whisperd.daemon.operations.turns import ask_in_turn
+from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import JobState, Priority
 
@@ -24,12 +25,10 @@ _INSPECT_S = 20.0  # a fetcher is up in one or two; on a busy machine it may tak
 _MODEL_SOFTWARE = ("torch", "whisper", "cuda", "cuda_devices", "cuda_problem")
 
 
-def statistics(
-    house: House, reply: Reply, fail: Fail, *, in_turn: Callable[[Turn], object], inspect: bool = False
-) -> None:
+def statistics(house: House, peer: Peer, reply: Reply, fail: Fail, *, inspect: bool = False) -> None:
     """Answer `stats`; with `inspect` once the helpers that are there only when needed have told what they know."""
     if not inspect:
-        _look_and_reply(house, reply, fail, in_turn)
+        _look_and_reply(house, peer, reply, fail)
         return
     unknown = {house.decoding.pool, house.fetching.pool}
     answered = False
@@ -39,7 +38,7 @@ def statistics(
         if not answered:
             answered = True
             timer.cancel()
-            _look_and_reply(house, reply, fail, in_turn)
+            _look_and_reply(house, peer, reply, fail)
 
     def known(pool: Pool) -> None:
         unknown.discard(pool)
@@ -51,21 +50,9 @@ def statistics(
         pool.when_known(partial(known, pool))
 
 
-def _look_and_reply(house: House, reply: Reply, fail: Fail, in_turn: Callable[[Turn], object]) -> None:
+def _look_and_reply(house: House, peer: Peer, reply: Reply, fail: Fail) -> None:
     """Have counted what only the disk knows, then answer. In turn: a count is waited for, and many may ask for one."""
-
-    def start(done: Callable[[], None]) -> None:
-        def settle(answer: Callable[[], object]) -> None:
-            try:
-                answer()
-            finally:
-                done()
-
-        house.inventory.ask(
-            lambda disk: settle(lambda: reply(_collect(house, disk))), lambda error: settle(lambda: fail(error))
-        )
-
-    in_turn(start)
+    ask_in_turn(peer, house.inventory.ask, lambda disk: reply(_collect(house, disk)), fail)
 
 
 def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
