@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-import threading
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,12 +14,9 @@ from bench.contest import Contest
 from bench.daemon import THREADS
 from bench.engine import LENGTHS_S, models, spoken
 from bench.report import Bench, Row
-from bench.runs import Runs, at_once, load_runs
+from bench.traffic import PAUSE_S
 
 CLIP_S = 12  # and what its last sentence is longer
-CLIPS = 8  # while the background works
-PAUSE_S = 1.0
-OPTIONS = {"language": "en"}
 
 
 def measure(bench: Bench) -> Iterator[Row]:
@@ -29,22 +27,15 @@ def measure(bench: Bench) -> Iterator[Row]:
             continue
         (folder := bench.folder / f"{model}-spool").mkdir()
         with closing(Contest(setting, folder, recordings)) as contest:
-            yield from _rows(model, contest, folder, times=bench.pick(5, 1))
+            yield from _rows(model, contest, folder, rounds=bench.pick(5, 1))
 
 
-def _rows(model: str, contest: Contest, folder: Path, *, times: int) -> Iterator[Row]:
-    runs = load_runs(contest.setting, folder, threads=THREADS)
+def _rows(model: str, contest: Contest, folder: Path, *, rounds: int) -> Iterator[Row]:
     *others, clip = contest.recordings
-    _clip_s(runs, clip)
-    alone_s, beside_s, losses = list[float](), list[float](), list[float]()
-    for _ in range(times):
-        clips_alone = [_clip_s(runs, clip) for _ in range(3)]
-        quiet_s = at_once(runs, others, {}).wall_s
-        busy_s, clips = _with_traffic(runs, others, clip)
-        alone_s += clips_alone
-        beside_s += clips
-        share_s = len(clips) * statistics.median(clips_alone)
-        losses.append((busy_s - share_s) / quiet_s - 1)
+    command = [sys.executable, "-m", "bench.traffic", str(THREADS), str(folder), contest.setting, str(rounds)]
+    output = subprocess.run([*command, clip, *others], check=True, stdout=subprocess.PIPE).stdout
+    figures: dict[str, list[float]] = json.loads(output)
+    alone_s, beside_s, losses = (figures[name] for name in ("alone_s", "beside_s", "losses"))
     ratio, loss = statistics.median(beside_s) / statistics.median(alone_s), statistics.median(losses)
     yield Row(
         what=f"an interactive {contest.audio_s([clip]):.0f} s clip beside {len(others)} jobs, against alone, {model}",
@@ -61,24 +52,3 @@ def _rows(model: str, contest: Contest, folder: Path, *, times: int) -> Iterator
         met=loss <= 0.05,
         runs=f"{len(losses)} of each",
     )
-
-
-def _clip_s(runs: Runs, clip: str) -> float:
-    started = time.perf_counter()
-    runs.run(clip, OPTIONS, interactive=True).transcribe()
-    return time.perf_counter() - started
-
-
-def _with_traffic(runs: Runs, others: list[str], clip: str) -> tuple[float, list[float]]:
-    """Return how long the others took, and each clip that ended before they did."""
-    walls: list[float] = []
-    background = threading.Thread(target=lambda: walls.append(at_once(runs, others, {}).wall_s))
-    background.start()
-    clips: list[float] = []
-    while len(clips) < CLIPS:
-        background.join(PAUSE_S)
-        if not background.is_alive():
-            break
-        clips.append(_clip_s(runs, clip))
-    background.join()
-    return walls[0], clips

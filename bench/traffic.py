@@ -1,0 +1,78 @@
+"""`python -m bench.traffic THREADS SPOOL MODEL ROUNDS CLIP OTHER...`: an interactive clip, alone and beside others.
+
+A process of its own, as the model helper is one. Prints JSON: how long the clip took each time `alone_s` and
+`beside_s`, and of each round by which part the others took longer than without clips, less what these take alone
+(`losses`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.ours import load_as_helper
+
+if TYPE_CHECKING:
+    from bench.runs import Runs
+
+CLIPS = 8  # at most, while the others work
+PAUSE_S = 1.0
+OPTIONS = {"language": "en"}
+
+
+def measure(runs: Runs, clip: str, others: list[str], rounds: int) -> dict[str, Any]:
+    """Return the figures of so many rounds: some clips, the others without clips, the others with clips."""
+    _clip_s(runs, clip)
+    alone_s, beside_s, losses = list[float](), list[float](), list[float]()
+    for _ in range(rounds):
+        clips_alone = [_clip_s(runs, clip) for _ in range(3)]
+        quiet_s = _others_s(runs, others)
+        busy_s, clips = _with_traffic(runs, others, clip)
+        alone_s += clips_alone
+        beside_s += clips
+        share_s = len(clips) * statistics.median(clips_alone)
+        losses.append((busy_s - share_s) / quiet_s - 1)
+    return {"alone_s": alone_s, "beside_s": beside_s, "losses": losses}
+
+
+def _clip_s(runs: Runs, clip: str) -> float:
+    started = time.perf_counter()
+    runs.run(clip, OPTIONS, interactive=True).transcribe()
+    return time.perf_counter() - started
+
+
+def _others_s(runs: Runs, others: list[str]) -> float:
+    from bench.runs import at_once
+
+    return at_once(runs, others, {}).wall_s
+
+
+def _with_traffic(runs: Runs, others: list[str], clip: str) -> tuple[float, list[float]]:
+    """Return how long the others took, and each clip that ended before they did."""
+    walls: list[float] = []
+    background = threading.Thread(target=lambda: walls.append(_others_s(runs, others)))
+    background.start()
+    clips: list[float] = []
+    while len(clips) < CLIPS:
+        background.join(PAUSE_S)
+        if not background.is_alive():
+            break
+        clips.append(_clip_s(runs, clip))
+    background.join()
+    return walls[0], clips
+
+
+def main() -> None:
+    """Load the model, measure, and print the figures as JSON."""
+    threads, spool, setting, rounds = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    clip, *others = sys.argv[5:]
+    print(json.dumps(measure(load_as_helper(setting, spool, threads=threads), clip, others, rounds)))
+
+
+if __name__ == "__main__":
+    main()
