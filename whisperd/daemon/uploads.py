@@ -136,9 +136,11 @@ class Upload:
         self._pace = self._loop.call_later(self._timeout_s, self._look_at_pace)
 
     def _look_at_pace(self) -> None:
+        if self.complete:
+            return
         # With chunks that have no answer yet, it is the disk that is slow: look when they are written.
-        self._look_is_due = bool(self._unanswered) and not self.complete
-        if self.complete or self._look_is_due:
+        self._look_is_due = bool(self._unanswered)
+        if self._look_is_due:
             return
         too_slow = self.received_bytes - self._received_before < self._bytes_per_s * self._timeout_s
         if too_slow and self._crowded():
