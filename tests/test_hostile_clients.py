@@ -17,6 +17,7 @@ from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.metrics import Metrics
+from whisperd.daemon.scheduler import Turns
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.state.inventory import Inventory
 from whisperd.daemon.state.ledger import Ledger
@@ -121,7 +122,7 @@ def test_a_flood_of_stats_is_one_count_at_a_time(tmp_path: Path) -> None:
     ledger = Ledger(
         database=database,
         store=Store(Retention(jobs_s=1, keys_s=1, failed_audio_s=1)),
-        board=Board(),
+        board=Board(Turns(16)),
         watchers=Watchers(most_per_user=1, unlimited=lambda uid: True),
         spool=spool,
         metrics=Metrics(),

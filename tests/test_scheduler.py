@@ -23,18 +23,18 @@ def piece(number: int, uid: int, priority: Priority = BACKGROUND) -> Waiting:
 
 def test_a_flood_of_one_user_does_not_hold_up_another() -> None:
     waiting = [piece(n, uid=1) for n in range(1, 6)] + [piece(6, uid=2), piece(7, uid=2)]
-    assert [p.id for p in in_order(waiting, Turns())] == [1, 6, 2, 7, 3, 4, 5]
+    assert [p.id for p in in_order(waiting, Turns(16))] == [1, 6, 2, 7, 3, 4, 5]
 
 
 def test_who_was_served_last_is_served_last() -> None:
-    turns = Turns()
+    turns = Turns(16)
     turns.serve(BACKGROUND, 1)
     assert [p.id for p in in_order([piece(1, uid=1), piece(2, uid=2)], turns)] == [2, 1]
 
 
 @given(pieces)
 def test_interactive_goes_first_and_nobody_is_left_out(waiting: list[Waiting]) -> None:
-    ordered = in_order(waiting, Turns())
+    ordered = in_order(waiting, Turns(16))
     assert sorted(p.id for p in ordered) == [p.id for p in waiting]
     kinds = [p.priority for p in ordered]
     assert kinds == sorted(kinds, key=[INTERACTIVE, BACKGROUND].index)
@@ -42,7 +42,7 @@ def test_interactive_goes_first_and_nobody_is_left_out(waiting: list[Waiting]) -
 
 @given(pieces)
 def test_each_users_work_keeps_its_order(waiting: list[Waiting]) -> None:
-    ordered = in_order(waiting, Turns())
+    ordered = in_order(waiting, Turns(16))
     for uid in {p.uid for p in waiting}:
         for priority in Priority:
             mine = [p.order for p in ordered if (p.uid, p.priority) == (uid, priority)]
@@ -51,7 +51,7 @@ def test_each_users_work_keeps_its_order(waiting: list[Waiting]) -> None:
 
 @given(pieces)
 def test_in_any_stretch_two_waiting_users_are_served_equally_often(waiting: list[Waiting]) -> None:
-    ordered = [p for p in in_order(waiting, Turns()) if p.priority is BACKGROUND]
+    ordered = [p for p in in_order(waiting, Turns(16)) if p.priority is BACKGROUND]
     left = Counter(p.uid for p in ordered)
     served: Counter[int] = Counter()
     for p in ordered:
@@ -65,7 +65,7 @@ def test_in_any_stretch_two_waiting_users_are_served_equally_often(waiting: list
 def test_the_told_order_is_the_order_of_starting(waiting: list[Waiting], capacity: int) -> None:
     """`position` is told from `in_order`; picking one after the other must do what was told."""
     only = [p for p in waiting if p.priority is BACKGROUND]
-    turns = Turns()
+    turns = Turns(16)
     told = [p.id for p in in_order(only, turns)]
     started = []
     while only:
@@ -81,7 +81,7 @@ def test_the_told_order_is_the_order_of_starting(waiting: list[Waiting], capacit
 def test_a_place_is_kept_for_each_priority(waiting: list[Waiting], capacity: int) -> None:
     """However much of one kind waits, the other kind finds a place without waiting for an end."""
     busy = dict.fromkeys(Priority, 0)
-    turns = Turns()
+    turns = Turns(16)
     while (chosen := pick(waiting, turns, capacity=capacity, busy=busy)) is not None:
         busy[chosen.priority] += 1
         waiting = [p for p in waiting if p.id != chosen.id]
@@ -98,7 +98,7 @@ def test_background_work_that_arrives_under_interactive_work_finds_the_place_lef
 
 def test_a_lane_of_one_place_serves_interactive_first() -> None:
     busy = dict.fromkeys(Priority, 0)
-    chosen = pick([piece(1, 1), piece(2, 1, INTERACTIVE)], Turns(), capacity=1, busy=busy)
+    chosen = pick([piece(1, 1), piece(2, 1, INTERACTIVE)], Turns(16), capacity=1, busy=busy)
     assert chosen is not None
     assert chosen.id == 2
 

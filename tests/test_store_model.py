@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.reference_queue import Order, Reference, Refused, Work
-from whisperd.daemon.scheduler import pick
+from whisperd.daemon.scheduler import Turns, pick
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
@@ -74,7 +74,7 @@ class Queue(RuleBasedStateMachine):
         self.store = Store(Retention(**RETENTION))
         self.reference = Reference(**RETENTION, size_bytes=SIZE_BYTES)
         self.root = Path(tempfile.mkdtemp(prefix="queue-"))
-        self.board = Board()
+        self.board = Board(Turns(16))
         self.disk: set[str] = set()
         self.told: dict[int, list[Event]] = {}
         self.folders = self.crashes = 0
@@ -135,7 +135,7 @@ class Queue(RuleBasedStateMachine):
         live, named = self.database.run(lambda db: self.store.recover(db, self.now))
         self.reference.restart()
         self.disk &= named  # the sweep
-        self.board, self.served = Board(), []
+        self.board, self.served = Board(Turns(16)), []
         self.board.apply(live)
         for job_id in self.reference.jobs:
             past = self.told.setdefault(job_id, [])

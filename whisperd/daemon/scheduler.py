@@ -30,7 +30,7 @@ class Turns:
     then one of it.
     """
 
-    def __init__(self, interactive_in_a_row: int = 16) -> None:
+    def __init__(self, interactive_in_a_row: int) -> None:
         self._most_in_a_row = interactive_in_a_row
         self._served: dict[tuple[Priority, int], int] = {}
         self._count = 0

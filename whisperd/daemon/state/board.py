@@ -37,10 +37,10 @@ class LiveRun:
 class Board:
     """Live jobs and runs by id."""
 
-    def __init__(self, turns: Turns | None = None) -> None:
+    def __init__(self, turns: Turns) -> None:
         self.jobs: dict[int, JobRow] = {}
         self.runs: dict[int, LiveRun] = {}
-        self.turns = turns or Turns()  # the model lane's: positions are told by them
+        self.turns = turns  # the model lane's: positions are told by them
         self._jobs_of: dict[int, set[int]] = {}
         self._positions: dict[int, int] | None = None  # made anew when first asked for after a change
         self._waiting: Counter[tuple[int, Priority]] | None = None
