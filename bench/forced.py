@@ -76,8 +76,8 @@ def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
     decoder = engine._decoder
     row_cache, window_cache = decoder.row_cache(len(windows)), decoder.window_cache(len(windows))
     for slot, window in enumerate(windows):
-        decoder.listen_to(_features(window.mel, engine), window_cache, slot)
-        logits = decoder.begin(window.prompt, (len(window.prompt) - 1,), row_cache, slot, window_cache, slot)
+        features, read_at = _features(window.mel, engine), (len(window.prompt) - 1,)
+        logits = decoder.begin(window.prompt, read_at, features, row_cache, slot, window_cache, slot)
         yield _change(window, 0, logits[0])
     # All that are left step; a window that is over repeats its last token, so that the others keep their slots.
     for step in range(1, max(len(window.said) for window in windows)):

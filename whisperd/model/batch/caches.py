@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Cache:
-    """For each layer keys and values of the shape `(slots, heads, length, width)`; `turned` keys have length last.
+    """For each layer keys and values of the shape `(slots, heads, length, width)`; where `turned`, length is last.
 
     Used twice: what a row has said (length is the text context), and what a window's audio offers (the audio context;
     all candidates of a window share one slot). Slots grow as they are asked for: a CPU's memory is taken when written.
@@ -29,12 +29,12 @@ class Cache:
         turned: bool = False,
     ) -> None:
         self.length = length
-        self._key_shape = (heads, width, length) if turned else (heads, length, width)
-        self._value_shape = (heads, length, width)
+        self._turned = turned
+        self._shape = (heads, width, length) if turned else (heads, length, width)
         self._dtype, self._device = dtype, device
         # Zeros and not what lay there: a masked position counts nothing, but nothing times NaN is NaN.
-        self.keys = [self._zeros(slots, self._key_shape) for _ in range(layers)]
-        self.values = [self._zeros(slots, self._value_shape) for _ in range(layers)]
+        self.keys = [self._zeros(slots) for _ in range(layers)]
+        self.values = [self._zeros(slots) for _ in range(layers)]
 
     @property
     def slots(self) -> int:
@@ -42,16 +42,21 @@ class Cache:
 
     def resize(self, slots: int, *, used: int) -> None:
         """Make it so many slots, a layer at a time; the first `used` keep what they hold."""
-        for tensors, shape in ((self.keys, self._key_shape), (self.values, self._value_shape)):
+        for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = self._zeros(slots, shape)
+                new = self._zeros(slots)
                 new[:used] = old[:used]
                 tensors[layer] = new
+
+    def put(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Fill a slot with keys and values `(heads, length, width)` of its whole length."""
+        for tensors, new in ((self.keys, keys), (self.values, values)):
+            tensors[layer][slot] = new.transpose(-1, -2) if self._turned else new
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int | None = None) -> None:
         """Copy each (source, target) pair of slots; no target is a source too.
 
-        `length` is how many positions, from the first; all of them by default, and always where keys are turned.
+        `length` is how many positions, from the first; all of them by default, and always where `turned`.
         """
         if not pairs:
             return
@@ -65,8 +70,8 @@ class Cache:
             part = tensor[:, :, :length]
             part.index_copy_(0, targets, part.index_select(0, sources))
 
-    def _zeros(self, slots: int, shape: Sequence[int]) -> Tensor:
+    def _zeros(self, slots: int) -> Tensor:
         if self._device.type == "cpu" and self._dtype is torch.float32:
             # Zeros that the kernel gives when they are first written; torch writes its own at once.
-            return torch.from_numpy(np.zeros((slots, *shape), np.float32))
-        return torch.zeros(slots, *shape, dtype=self._dtype, device=self._device)
+            return torch.from_numpy(np.zeros((slots, *self._shape), np.float32))
+        return torch.zeros(slots, *self._shape, dtype=self._dtype, device=self._device)

@@ -76,7 +76,7 @@ class Decoder:
 
     def window_cache(self, slots: int) -> Cache:
         """Return a cache for what windows offer."""
-        return self._cache(self._audio_positions, slots, turned=self._kernels.turns_keys)
+        return self._cache(self._audio_positions, slots, turned=self._kernels.turns_windows)
 
     def step(
         self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
@@ -111,16 +111,20 @@ class Decoder:
 
         return self._read(self._run(self._embed(place[0], at), attend, listen))
 
-    def listen_to(self, features: Tensor, windows: Cache, slot: int) -> None:
-        """Fill a window's slot from its features."""
-        for layer in range(len(self._blocks)):
-            keys, windows.values[layer][slot] = self._offer(layer, features)
-            windows.keys[layer][slot] = keys.transpose(-1, -2) if self._kernels.turns_keys else keys
-
     def begin(
-        self, tokens: Sequence[int], read_at: Sequence[int], rows: Cache, row: int, windows: Cache, window: int
+        self,
+        tokens: Sequence[int],
+        read_at: Sequence[int],
+        features: Tensor,
+        rows: Cache,
+        row: int,
+        windows: Cache,
+        window: int,
     ) -> Tensor:
-        """Feed a row its prompt; return the logits `(len(read_at), vocabulary)` behind the tokens at `read_at`."""
+        """Fill a window's slot from its features, and feed a row its prompt.
+
+        Returns the logits `(len(read_at), vocabulary)` behind the tokens at `read_at`.
+        """
         length = len(tokens)
 
         def keep(layer: int, keys: Tensor, values: Tensor) -> None:
@@ -128,11 +132,13 @@ class Decoder:
             rows.values[layer][row, :, :length] = values
 
         def listen(layer: int, query: Tensor) -> Tensor:
-            keys, values = windows.keys[layer][window], windows.values[layer][window]
-            return _join(self._kernels.listen(self._split(query)[None], keys[None], values[None])[0])
+            keys, values = self._offer(layer, features)
+            windows.put(layer, window, keys, values)
+            # Not from the cache: it is laid out for few queries, and a prompt has hundreds.
+            return _join(F.scaled_dot_product_attention(self._split(query)[None], keys[None], values[None])[0])
 
-        x = self._run(self._embed_from_start(tokens), lambda n, qkv: self._attend_causally(n, qkv, keep), listen)
-        return self._read(x[list(read_at)])
+        x = self._embed_from_start(tokens)
+        return self._read(self._run(x, lambda n, qkv: self._attend_causally(n, qkv, keep), listen, read_at=read_at))
 
     def read_through(
         self, tokens: Sequence[int], features: Tensor, on_weights: Callable[[int, Tensor], None] | None = None
@@ -154,11 +160,15 @@ class Decoder:
 
         return self._read(self._run(self._embed_from_start(tokens), self._attend_causally, listen))
 
-    def _run(self, x: Tensor, attend: Attend, listen: Attend) -> Tensor:
+    def _run(self, x: Tensor, attend: Attend, listen: Attend, *, read_at: Sequence[int] | None = None) -> Tensor:
+        """Return what comes out of the last layer for each token, or for those at `read_at` alone."""
         for layer, block in enumerate(self._blocks):
-            x = x + block.out(attend(layer, block.qkv(block.norm(x))))
+            attended = attend(layer, block.qkv(block.norm(x)))
+            if read_at is not None and layer == len(self._blocks) - 1:  # from here on nothing is kept of the others
+                x, attended = x[list(read_at)], attended[list(read_at)]
+            x = x + block.out(attended)
             x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
-            x = x + block.mlp_out(block.mlp_in(block.mlp_norm(x)))
+            x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
         return self._norm(x)
 
     def _embed_from_start(self, tokens: Sequence[int]) -> Tensor:
@@ -228,6 +238,6 @@ def _pack(block: ResidualAttentionBlock, kernels: Kernels, audio_positions: int)
         cross_kv=kernels.linear(kv_weight, kv_bias, rows=audio_positions),
         cross_out=kernels.linear(cross.out.weight, cross.out.bias, rows=_ROWS),
         mlp_norm=kernels.norm(block.mlp_ln),
-        mlp_in=kernels.linear(block.mlp[0].weight, block.mlp[0].bias, rows=_ROWS, gelu=True),
+        mlp_in=kernels.linear(block.mlp[0].weight, block.mlp[0].bias, rows=_ROWS),
         mlp_out=kernels.linear(block.mlp[2].weight, block.mlp[2].bias, rows=_ROWS),
     )

@@ -48,7 +48,7 @@ class Encoder:
             q, k, v = block.qkv(block.norm(x)).view(len(x), 3, self._heads, -1).permute(1, 2, 0, 3)
             attention = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
             x = x + block.out(attention.transpose(0, 1).flatten(1))
-            x = x + block.mlp_out(block.mlp_in(block.mlp_norm(x)))
+            x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
             yield
         return self._norm(x)
 
@@ -60,7 +60,7 @@ def _pack(block: ResidualAttentionBlock, kernels: Kernels, *, rows: int) -> _Blo
         qkv=kernels.linear(weight, bias, rows=rows),
         out=kernels.linear(block.attn.out.weight, block.attn.out.bias, rows=rows),
         mlp_norm=kernels.norm(block.mlp_ln),
-        mlp_in=kernels.linear(block.mlp[0].weight, block.mlp[0].bias, rows=rows, gelu=True),
+        mlp_in=kernels.linear(block.mlp[0].weight, block.mlp[0].bias, rows=rows),
         mlp_out=kernels.linear(block.mlp[2].weight, block.mlp[2].bias, rows=rows),
     )
 

@@ -80,11 +80,9 @@ class LiveRows(Generic[Owner]):
         window, first = len(self._groups), self.count
         self._grow(window + 1, first + search.size)
         rules = self._rules(task)
-        self._decoder.listen_to(features, self._window_cache, window)
         prompt = task.initial_tokens
-        logits = self._decoder.begin(
-            prompt, (task.sot_index, len(prompt) - 1), self._row_cache, first, self._window_cache, window
-        )
+        read_at = (task.sot_index, len(prompt) - 1)
+        logits = self._decoder.begin(prompt, read_at, features, self._row_cache, first, self._window_cache, window)
         no_speech_token = task.tokenizer.no_speech
         no_speech = float("nan")
         if no_speech_token is not None:
