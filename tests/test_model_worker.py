@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from tests import test_model_process as model_process
 from tests.support import wait_until
+from whisperd.model.engine import Engine
+from whisperd.model.helper import ModelHelper, Settings
+from whisperd.model.loading import load
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
 from whisperd.protocol.errors import WhisperdError
 
@@ -18,7 +24,7 @@ class Held:
         self._let_go = threading.Event()
         self.began = threading.Event()
         self._thread = start(lambda: worker.call(Turn(), self._wait))
-        assert self.began.wait(10)
+        assert self.began.wait(30)
 
     def _wait(self) -> None:
         self.began.set()
@@ -59,19 +65,37 @@ def test_interactive_runs_come_before_those_that_came_earlier() -> None:
     assert order == ["promoted", "interactive", "first", "second"]
 
 
-def test_background_work_moves_under_a_stream_of_interactive_work() -> None:
-    worker, order = Worker("test"), []
+def in_a_row(worker: Worker) -> int:
+    """Return how many interactive pieces a worker takes, of more, before one of two in the background that wait."""
+    order: list[str] = []
     held = Held(worker)
     threads = []
-    for number in range(2 * INTERACTIVE_IN_A_ROW + 2):
+    most = 20
+    for number in range(2 + most):
         name, turn = ("background", Turn()) if number < 2 else ("interactive", Turn(interactive=True))
         threads.append(start(lambda name=name, turn=turn: worker.call(turn, lambda: order.append(name))))
         wait_until(lambda number=number: len(worker._waiting) == number + 1)
     held.release()
     for thread in threads:
         thread.join(10)
-    stretch = ["interactive"] * INTERACTIVE_IN_A_ROW + ["background"]
-    assert order == stretch * 2
+    first = order.index("background")
+    assert order.index("background", first + 1) == 2 * first + 1, "again as many before the second"
+    return first
+
+
+def test_background_work_moves_under_a_stream_of_interactive_work() -> None:
+    assert in_a_row(Worker("test")) == INTERACTIVE_IN_A_ROW
+    assert in_a_row(Worker("test", interactive_in_a_row=3)) == 3
+
+
+def test_the_helpers_workers_do_as_its_settings_say(micro: Path, tmp_path: Path) -> None:
+    """The batcher's windows: `test_in_a_row.py`."""
+    settings = Settings.of(model_process.settings(tmp_path) | {"interactive_windows_in_a_row": 3})
+    helper = ModelHelper(cast(Any, None), settings)
+    assert in_a_row(helper._mel_worker) == 3
+    model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    engine = Engine(model, on_step=lambda: None, interactive_in_a_row=3)
+    assert in_a_row(engine._aligner.worker) == 3
 
 
 def test_a_cancelled_run_does_not_wait_for_its_turn() -> None:

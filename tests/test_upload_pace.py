@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.moved_time import MovedLoop, link_on
 from tests.test_server import settings
-from whisperd.daemon.loop import Loop
 from whisperd.daemon.uploads import Upload
-from whisperd.daemon.wire.link import Link
 from whisperd.daemon.wire.server import Peer
-from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.messages import Chunk
 
@@ -26,10 +24,10 @@ ENOUGH = TIMEOUT_S * BYTES_PER_S  # bytes from one look to the next
 class Uploading:
     """An upload that others wait for, whose chunks are written when the test says so."""
 
-    def __init__(self, peer: Peer, loop: Loop, clock: list[float]) -> None:
+    def __init__(self, peer: Peer, loop: MovedLoop) -> None:
         self.answers: list[Any] = []
         self.given_up: list[WhisperdError] = []
-        self._loop, self._clock = loop, clock
+        self.at = loop.at
         self._upload = Upload(
             loop,
             peer,
@@ -42,12 +40,6 @@ class Uploading:
             failed=self.given_up.append,
         )
         self._upload.start()
-
-    def at(self, time_s: float) -> None:
-        """Let the loop run what is due up to this time."""
-        self._clock[0] = time_s
-        self._loop.call_soon(self._loop.stop)
-        self._loop.run()
 
     def comes(self, size_bytes: int, *, last: bool = False) -> None:
         self._upload.take(Chunk(upload=1, data=bytes(size_bytes), last=last), self.answers.append, self.answers.append)
@@ -65,21 +57,9 @@ class Uploading:
 
 @pytest.fixture
 def upload(tmp_path: Path) -> Iterator[Uploading]:
-    clock = [0.0]
-    loop, (client, ours) = Loop(clock=lambda: clock[0]), socket.socketpair()
-    budget = UserBudget(output_bytes=1 << 20, store_calls=1, requests=1, reads=1, soon=loop.call_soon)
-    link = Link(
-        loop,
-        settings(tmp_path),
-        ours,
-        1,
-        (1, 0, 0),
-        budget=budget,
-        dispatch=lambda peer, request, descriptors: None,
-        gone=lambda link: None,
-        closed=lambda link: None,
-    )
-    yield Uploading(link.peer, loop, clock)
+    loop, (client, ours) = MovedLoop(), socket.socketpair()
+    link = link_on(loop, settings(tmp_path), ours)
+    yield Uploading(link.peer, loop)
     link.abort("the test is over")
     client.close()
     loop.close()
