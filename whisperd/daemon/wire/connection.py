@@ -34,8 +34,9 @@ MAX_DESCRIPTORS = 4
 _JOIN_BYTES = 64 * 1024
 _MAX_BUFFERS = 64
 _LAG_BYTES = 64 * 1024
-# So many are enough to have the next at hand. Each is a dozen objects, and 64 of each of a thousand connections kept
-# Python's collector busy for a quarter of a second.
+# No setting: they are answered one after the other anyway, so more would only be kept here instead of in the kernel's
+# buffer, and answered no sooner. These few are enough to have the next at hand. Each is a dozen objects, and 64 of each
+# of a thousand connections kept Python's collector busy for a quarter of a second.
 _MAX_LINED_UP = 4
 
 Dispatch = Callable[[Request, list[int]], None]
