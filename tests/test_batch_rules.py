@@ -19,7 +19,7 @@ from tests import models
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.rows import LiveRows
-from whisperd.model.batch.rules import Times, apply_rules, rules_of
+from whisperd.model.batch.rules import Bound, Times, apply_rules, bound_of, rules_of
 from whisperd.model.batch.search import Outcome, result_of, search_of
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_rules_forbid_what_upstreams_filters_forbid(micro: Whisper) -> None:
                 logit_filter.apply(each, torch.tensor([[*task.initial_tokens, *said]]))
             theirs.append(each[0])
         times = [times_of(said, begin) for said in pasts]
-        filtered = apply_rules(logits, rules, times, first=length == 0)
+        filtered = apply_rules(logits, rules, times, first=length == 0, bounds=[Bound.FREE] * len(tasks))
         ours = filtered.log_probabilities(range(len(tasks)))
         wanted = torch.stack(theirs).log_softmax(-1)
         assert torch.equal(ours.isneginf(), wanted.isneginf()), pasts
@@ -77,6 +77,41 @@ def test_rules_forbid_what_upstreams_filters_forbid(micro: Whisper) -> None:
         seen |= {(time.no_text, time.no_time) for time in times}
         seen |= set(filtered.only_time.tolist())
     assert seen >= {(False, False), (True, False), (False, True), True, False}
+
+
+def test_where_speech_is_known_to_end_a_text_ends_neither_before_nor_begins_again_behind(micro: Whisper) -> None:
+    task = task_of(micro)
+    rules = rules_of(task, vocabulary=models.MICRO.n_vocab, device=CPU)
+    begin, eot = task.tokenizer.timestamp_begin, task.tokenizer.eot
+    said = [begin, 400, begin + 300]
+    pair = [*said, begin + 300]
+    cases = [
+        (said, 500, Bound.FREE),  # the segment has ended: another may begin, with a time
+        (pair, 500, Bound.GOES_ON),
+        (pair, 340, Bound.FREE),  # less than a second is left
+        (pair, 300, Bound.FREE),
+        (said, 301, Bound.FREE),
+        (said, 300, Bound.ENDS),
+        (pair, 0, Bound.FREE),  # nothing is known
+        (said, 0, Bound.FREE),
+        ([*pair, 401], 500, Bound.FREE),  # in the middle of a segment
+    ]
+    times = [times_of(tokens, begin) for tokens, _, _ in cases]
+    bounds = [bound_of(each, until) for each, (_, until, _) in zip(times, cases, strict=True)]
+    assert bounds == [bound for _, _, bound in cases]
+    logits = torch.zeros(len(cases), models.MICRO.n_vocab)
+    free = apply_rules(logits.clone(), [rules] * len(cases), times, first=False, bounds=[Bound.FREE] * len(cases))
+    bound = apply_rules(logits.clone(), [rules] * len(cases), times, first=False, bounds=bounds)
+    for row, kind in enumerate(bounds):
+        allowed = (~free.logits[row].isneginf()).nonzero().flatten().tolist()
+        assert (eot in allowed, any(token >= begin for token in allowed)) == (True, not times[row].no_time)
+        wanted = {
+            Bound.FREE: allowed,
+            Bound.GOES_ON: [token for token in allowed if token != eot],
+            Bound.ENDS: [token for token in allowed if token < begin],
+        }[kind]
+        assert (~bound.logits[row].isneginf()).nonzero().flatten().tolist() == wanted
+    assert not bound.best()[1].isnan().any()
 
 
 def past(chance: random.Random, length: int, begin: int) -> list[int]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import whisper
 
+from bench.recordings import TEXT as STORY
+from bench.recordings import speak_sentences
 from bench.weights import base_folder
 from bench.words import word_error_rate
 from tests.model_bench import Bench, check_same, open_bench, plain, speak_into, write_folders
@@ -274,6 +276,18 @@ def test_fast_ends_where_somebody_speaks_in_the_last_half_frame(tiny: Bench) -> 
     tiny.record("cut", speech[: 2 * (8 * 16_000 + 120)])
     run, _ = tiny.begin("cut", mode="fast", temperature=0)
     assert run.transcribe().segments
+
+
+def test_fast_hears_each_window_once_and_to_its_end(tiny: Bench) -> None:
+    """Left to itself tiny.en ends the second window 7 s early, and would have to hear the rest once more."""
+    (recording,) = speak_sentences(STORY.read_text(), (36,))
+    tiny.record("story", recording.pcm)
+    run, _ = tiny.begin("story", mode="fast", temperature=0)
+    transcript = run.transcribe()
+    assert transcript.timing.windows == 2
+    assert word_error_rate(recording.text, transcript.text) < 0.1
+    assert recording.length_s - 1 < transcript.segments[-1].end < recording.length_s + 1
+    assert transcript.coverage.gaps == []
 
 
 def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:

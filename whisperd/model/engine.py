@@ -96,19 +96,27 @@ class Engine:
         }
 
     def decode(
-        self, turn: Turn, kept: KeptWindows, window: Window, options: DecodingOptions, *, seed: int
+        self,
+        turn: Turn,
+        kept: KeptWindows,
+        window: Window,
+        options: DecodingOptions,
+        *,
+        seed: int,
+        speech_until: int = 0,
     ) -> DecodingResult:
         """Return the `DecodingResult` of one window; it carries no features, the window keeps them.
 
-        Above temperature 0 `seed` decides what is drawn. A window that `kept` has seen with the same prompt and options
-        is not decoded again. Raises `WhisperdError`: `cancelled` at the next step once the run is cancelled.
+        Above temperature 0 `seed` decides what is drawn; `speech_until` is as `LiveRows.begin` has it. A window that
+        `kept` has seen with the same prompt and options is not decoded again. Raises `WhisperdError`: `cancelled` at
+        the next step once the run is cancelled.
         """
         # fp16 is about the mel, which the encoder casts to whatever type the model computes in.
         task = DecodingTask(self.model.whisper, replace(options, fp16=False))
-        key = (window.digest, repr(task.options), seed if task.options.temperature else None)
+        key = (window.digest, repr(task.options), seed if task.options.temperature else None, speech_until)
         result = kept.result(key)
         if result is None:
-            request = Request(turn, window, task=task, search=lambda: search_of(task, seed))
+            request = Request(turn, window, task=task, search=lambda: search_of(task, seed), speech_until=speech_until)
             result = result_of(task, self._batcher.call(request))
             turn.had_window(len(result.tokens))
             kept.remember(key, result)

@@ -65,7 +65,7 @@ def transcribe_windows(
     mel: FileMel,
     windows: Sequence[Stretch],
     *,
-    proxy: Callable[[str], ProxyModel],
+    proxy: Callable[[str, float], ProxyModel],
     options: Mapping[str, Any],
     at_once: int,
     on_window: Callable[[WindowResult], None],
@@ -76,7 +76,7 @@ def transcribe_windows(
     upstream's keyword arguments. `on_window` hears of each window in the recording's order, its segments numbered on.
     Raises what a window raised first; the others are given up.
     """
-    language = options["language"] or _language(mel, windows, proxy("language"))
+    language = options["language"] or _language(mel, windows, proxy("language", 0.0))
     shared = dict(options) | {
         "language": language,
         "condition_on_previous_text": False,
@@ -89,7 +89,7 @@ def transcribe_windows(
 
     def work(window: Stretch) -> WindowResult:
         result = transcribe(
-            proxy(f"{window.start_s:.3f}"),
+            proxy(f"{window.start_s:.3f}", window.end_s - PAD_MS / 1000),
             mel,
             **shared | {"clip_timestamps": [window.start_s, min(window.end_s, end_s)]},
         )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from whisper.audio import FRAMES_PER_SECOND, TOKENS_PER_SECOND
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import ModelDimensions
 from whisper.timing import WordTiming
@@ -36,11 +37,16 @@ class Listener(Protocol):
 
 
 class ProxyModel:
-    """Stands in for `Whisper` in one run. Its device is always the CPU: job threads never touch the GPU."""
+    """Stands in for `Whisper` in one run. Its device is always the CPU: job threads never touch the GPU.
+
+    `speech_until_s` is where in the recording somebody is known to speak still, if that shall keep a text from ending.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, engine: Engine, turn: Turn, listener: Listener, strand: Strand) -> None:
+    def __init__(
+        self, engine: Engine, turn: Turn, listener: Listener, strand: Strand, *, speech_until_s: float = 0.0
+    ) -> None:
         model = engine.model.whisper
         self.dims: ModelDimensions = model.dims
         self.is_multilingual: bool = model.is_multilingual
@@ -49,6 +55,7 @@ class ProxyModel:
         self._engine = engine
         self._turn = turn
         self._strand = strand
+        self._speech_until_s = speech_until_s
         self._kept = KeptWindows()
 
     def decode(self, mel: MelWindow, options: DecodingOptions) -> DecodingResult:
@@ -57,11 +64,17 @@ class ProxyModel:
 
         def answer() -> dict[str, Any]:
             window, seed = self._kept.window(mel.tensor()), self._strand.seed(question)
-            result = self._engine.decode(self._turn, self._kept, window, options, seed=seed)
+            result = self._engine.decode(
+                self._turn, self._kept, window, options, seed=seed, speech_until=self._speech_until(mel)
+            )
             return {name: getattr(result, name) for name in _RECORDED}
 
         self._turn.check()
         return DecodingResult(audio_features=_NO_FEATURES, **self._strand.ask(question, answer))
+
+    def _speech_until(self, mel: MelWindow) -> int:
+        into_window_s = self._speech_until_s - mel.start / FRAMES_PER_SECOND
+        return max(0, int(into_window_s * TOKENS_PER_SECOND))
 
     def detect_language(self, mel: MelWindow) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the language's token and the probability of each language's code."""

@@ -158,7 +158,9 @@ class Run:
         return fast.transcribe_windows(
             mel,
             fast.windows_of(speech, asked_for),
-            proxy=lambda name: ProxyModel(self._engine, self.turn, fast.Unheard(), journal.strand(name)),
+            proxy=lambda name, speech_until_s: ProxyModel(
+                self._engine, self.turn, fast.Unheard(), journal.strand(name), speech_until_s=speech_until_s
+            ),
             options=options,
             at_once=self._fast_windows,
             on_window=on_window,

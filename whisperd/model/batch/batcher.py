@@ -50,12 +50,14 @@ class Request:
         task: DecodingTask | None = None,
         search: Callable[[], Search] | None = None,
         use: Callable[[Tensor], Any] | None = None,
+        speech_until: int = 0,
     ) -> None:
         self.turn = turn
         self.window = window
         self.task = task
         self.search = search
         self.use = use
+        self.speech_until = speech_until  # as `LiveRows.begin` has it
         self.done = threading.Event()
         self.outcome: Any = None
         self.error: BaseException | None = None
@@ -214,7 +216,9 @@ class Batcher:
             return
         assert request.task is not None
         assert request.search is not None
-        outcome = self._live.begin(request, request.task, request.search(), window.features)
+        outcome = self._live.begin(
+            request, request.task, request.search(), window.features, speech_until=request.speech_until
+        )
         self.counters.tokens += request.rows
         if outcome is not None:
             self._ended(request, outcome)

@@ -11,7 +11,7 @@ from torch import Tensor
 from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.decoder import Decoder, Routing
-from whisperd.model.batch.rules import Filtered, Rules, apply_rules, key_of, rules_of
+from whisperd.model.batch.rules import Bound, Filtered, Rules, apply_rules, bound_of, key_of, rules_of
 from whisperd.model.batch.search import Beams, Offer, Outcome, Row, Search
 
 Owner = TypeVar("Owner")
@@ -27,6 +27,7 @@ class _Group(Generic[Owner]):
     rules: Rules
     no_speech: float
     rows: list[Row]
+    speech_until: int  # where speech is known to end, as a timestamp's distance from the first; 0 where it is not
     said: int = 0  # tokens so far, the same for all rows that go on
 
     @property
@@ -39,6 +40,11 @@ class _Group(Generic[Owner]):
         """True when nothing more can be or need be said."""
         room = self.said < self.task.sample_len and self.task.sample_begin + self.said <= self.task.n_ctx
         return not room or self.search.complete(self.rows)
+
+    def bound(self, row: Row) -> Bound:
+        """Return what is known of the end of a row's text."""
+        # Behind its first timestamp a window that holds no speech after all may still say nothing.
+        return bound_of(row.times, self.speech_until) if len(row.tokens) > 1 else Bound.FREE
 
 
 class LiveRows(Generic[Owner]):
@@ -75,8 +81,14 @@ class LiveRows(Generic[Owner]):
         self._window_cache.resize(max(windows, len(self._groups)), used=len(self._groups))
         self._row_cache.resize(max(rows, self.count), used=self.count)
 
-    def begin(self, owner: Owner, task: DecodingTask, search: Search, features: Tensor) -> Outcome | None:
-        """Take in a window: its prompt, then its first token. Returns what is found if that is all, else None."""
+    def begin(
+        self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
+    ) -> Outcome | None:
+        """Take in a window: its prompt, then its first token. Returns what is found if that is all, else None.
+
+        Where it is known that somebody speaks until `speech_until`, counted in timestamps (20 ms), the text ends there:
+        not behind an earlier segment, and no segment begins behind a later one.
+        """
         window, first = len(self._groups), self.count
         self._grow(window + 1, first + search.size)
         rules = self._rules(task)
@@ -89,7 +101,15 @@ class LiveRows(Generic[Owner]):
             no_speech = float(logits[0].softmax(-1)[no_speech_token])
         self._row_cache.copy([(first, first + n) for n in range(1, search.size)], len(prompt))
         rows = [Row(slot=first + n, number=n) for n in range(search.size)]
-        group = _Group(owner=owner, task=task, search=search, rules=rules, no_speech=no_speech, rows=rows)
+        group = _Group(
+            owner=owner,
+            task=task,
+            search=search,
+            rules=rules,
+            no_speech=no_speech,
+            rows=rows,
+            speech_until=speech_until,
+        )
         self._groups.append(group)
         self._rows += [(row, group) for row in rows]
         self._routing_is_stale = True
@@ -113,7 +133,13 @@ class LiveRows(Generic[Owner]):
     def _choose(self, logits: Tensor, groups: list[_Group[Owner]], *, first: bool) -> list[tuple[Owner, Outcome]]:
         """Choose the next token of the rows of `groups` (all live ones, or the newest with its first token)."""
         rows = self._rows[-len(logits) :]
-        filtered = apply_rules(logits, [group.rules for _, group in rows], [row.times for row, _ in rows], first=first)
+        filtered = apply_rules(
+            logits,
+            [group.rules for _, group in rows],
+            [row.times for row, _ in rows],
+            first=first,
+            bounds=[group.bound(row) for row, group in rows],
+        )
         offers = dict(zip((id(row) for row, _ in rows), _offers(filtered, rows), strict=True))
         copies, ended_slots, length = list[tuple[int, int]](), list[int](), 0
         for group in groups:

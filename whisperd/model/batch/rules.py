@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from whisper.decoding import ApplyTimestampRules, DecodingTask
 
 _FAR_BELOW = -1e4  # so unlikely that no rule prefers it, and not forbidden
 _NEVER = -torch.inf
+# Timestamps (a second) before the known end of speech from which a text may end: the times of tokens and of speech
+# differ by less.
+_LAST_WORDS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,26 @@ class Times:
         return Times(True, token - time_begin, no_time=pair, no_text=not pair)
 
 
+class Bound(Enum):
+    """What is known of the end of a text behind the end of a segment, where it is known when speech ends.
+
+    No rule of openai-whisper's, and in mode exact always `FREE`.
+    """
+
+    FREE = auto()
+    GOES_ON = auto()  # somebody speaks on: the text may not end
+    ENDS = auto()  # nobody speaks any more: no segment may begin
+
+
+def bound_of(times: Times, speech_until: int) -> Bound:
+    """Return what holds behind these times; `speech_until` as the distance from the first timestamp, 0 if unknown."""
+    if not speech_until:
+        return Bound.FREE
+    if times.no_time and times.latest < speech_until - _LAST_WORDS:
+        return Bound.GOES_ON
+    return Bound.ENDS if times.no_text and times.latest >= speech_until else Bound.FREE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filtered:
     """Filtered logits `(rows, vocabulary)`, but for the last rule: where `only_time`, text is forbidden too."""
@@ -119,21 +143,27 @@ class Filtered:
         return logits.log_softmax(-1)
 
 
-def apply_rules(logits: Tensor, rules: Sequence[Rules], times: Sequence[Times], *, first: bool) -> Filtered:
-    """Filter logits in place; `rules` and `times` have an entry for each row. `first`: of all rows or of none."""
+def apply_rules(
+    logits: Tensor, rules: Sequence[Rules], times: Sequence[Times], *, first: bool, bounds: Sequence[Bound]
+) -> Filtered:
+    """Filter logits in place; the sequences have an entry for each row. `first`: of all rows or of none."""
     device, time_begin = logits.device, rules[0].time_begin
     if all(each is rules[0] for each in rules):
         logits += rules[0].first if first else rules[0].later
     else:
         logits += torch.stack([each.first if first else each.later for each in rules])
     text, time = logits[:, :time_begin], logits[:, time_begin:]
+    going_on = [row for row, bound in enumerate(bounds) if bound is Bound.GOES_ON]
+    if going_on:
+        logits[:, rules[0].eot].index_fill_(0, torch.tensor(going_on, device=device), _NEVER)
     rows_without_text = [row for row, each in enumerate(times) if each.no_text and rules[row].timed]
     if rows_without_text:
         # Not the end of the text: that may follow a single timestamp.
         logits[:, : rules[0].eot].index_fill_(0, torch.tensor(rows_without_text, device=device), _NEVER)
     count = time.shape[1]
     lowest = [
-        (count if each.no_time else each.lowest) if rule.timed else 0 for rule, each in zip(rules, times, strict=True)
+        (count if each.no_time or bound is Bound.ENDS else each.lowest) if rule.timed else 0
+        for rule, each, bound in zip(rules, times, bounds, strict=True)
     ]
     too_low = torch.arange(count, device=device) < torch.tensor(lowest, device=device)[:, None]
     time.masked_fill_(too_low, _NEVER)
