@@ -213,7 +213,9 @@ class Daemon:
 
     def environment(self) -> dict[str, str]:
         """Return the clean environment of everything that is started for this daemon."""
-        kept = {name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE", "NUMBA_CACHE_DIR") if name in os.environ
+        }
         home = {"HOME": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder), "LANG": "C.UTF-8"}
         return kept | home | self.variables
 

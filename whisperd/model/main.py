@@ -16,7 +16,7 @@ from whisperd.protocol.helpers import start
 SWITCH_INTERVAL_S = 0.0002
 # How often a waiting thread of the team looks for work before it sleeps. libgomp's own 300,000 hold a core that another
 # program wants: beside one busy program a window of tiny.en then took 4 to 18 s on two cores, with 1,000 it takes
-# 2.9 s; alone both take 1.7 s.
+# 2.9 s. Alone on the machine it makes no difference.
 SPINS = 1000
 
 

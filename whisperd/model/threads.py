@@ -1,10 +1,9 @@
 """Which thread computes on how many cores.
 
 libgomp gives every thread that computes in parallel a team of threads, for as long as it lives. Once a process has more
-threads in teams than the machine has cores, those that wait no longer spin but sleep, in every team: a decoder step is
-some fifty short stretches of parallel work, and each then begins and ends with waking somebody (74 sleeps a step
-measured, none with one team). So one thread has all cores at any time, the loader and then the batcher; the others
-compute on one.
+threads in teams than the machine has cores, those that wait no longer spin but sleep at once, in every team, and a
+decoder step is some fifty short stretches of parallel work. So one thread has all cores at any time, the loader and
+then the batcher; the others compute on one. How long that one team spins is `whisperd.model.main.SPINS`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ on the model, and the switch that word alignment flips for the process (`use_sdp
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from whisper.decoding import detect_language
 from whisper.model import Whisper
-from whisper.timing import WordTiming, dtw, find_alignment
+from whisper.timing import WordTiming, backtrace, dtw, dtw_cpu, find_alignment
 
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
+
+log = logging.getLogger("whisperd.model")
 
 
 class _OfLanguages:
@@ -83,6 +86,24 @@ class _OfTimes:
         return self._reading.logits[None]
 
 
+def compile_alignment() -> None:
+    """Have upstream's alignment compiled, once for all processes that share numba's folder of compiled functions.
+
+    Upstream does not ask numba to keep it: every start of the process cost a core three seconds.
+    """
+    # Plain functions where NUMBA_DISABLE_JIT is set.
+    compiled = [function for function in (backtrace, dtw_cpu) if hasattr(function, "enable_caching")]
+    try:
+        for function in compiled:
+            function.enable_caching()
+        dtw(torch.rand(3, 4))
+    except Exception as error:  # what is kept is a pickle, and a disk can be full: anything may come of it
+        log.warning("model: numba's folder of compiled functions is of no use (%s); compiling without", error)
+        for function in compiled:
+            function._cache.disable()
+        dtw(torch.rand(3, 4))
+
+
 class Aligner:
     """Finds the times of words. Two threads in numba's code abort the process, so there is one."""
 
@@ -91,8 +112,8 @@ class Aligner:
         self._whisper = whisper
         self._heads = whisper.alignment_heads.cpu()
         self.layers = set(self._heads.indices()[0].tolist())
-        # Upstream compiles its alignment on first use: 1.7 s, for which no job without word times need wait.
-        self.worker.begin(lambda: dtw(torch.rand(3, 4)))
+        # Upstream compiles its alignment on first use: for that no job without word times need wait.
+        self.worker.begin(compile_alignment)
         # A process that ends under its compiler aborts: wait for it.
         atexit.register(self.worker.call, Turn(), lambda: None)
 
