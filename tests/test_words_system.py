@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +29,49 @@ TEXT = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same real weights for the daemon and for openai-whisper."""
-    folder: Path = demo_folder() if request.param == "tiny.en" else base_folder(tmp_path_factory.mktemp("base"))
-    return str(folder)
+# Fixtures that are functions of the model: as parameters of the module they would be made anew for every test.
 
 
 @pytest.fixture(scope="module")
-def daemon(model: str) -> Iterator[Daemon]:
-    # One thread here and one below: two that wait for each other on busy cores take ten times as long.
-    with running_daemon(model=model, ready=True, threads=1) as daemon:
-        yield daemon
+def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Real weights, the same for the daemon and for openai-whisper."""
+    return cache(
+        lambda model: str(demo_folder() if model == "tiny.en" else base_folder(tmp_path_factory.mktemp(model)))
+    )
 
 
 @pytest.fixture(scope="module")
-def upstream(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """openai-whisper's own object of these weights."""
+def daemon_of(weights_of: Callable[[str], str]) -> Iterator[Callable[[str], Daemon]]:
+    with ExitStack() as stack:
+
+        def start(model: str) -> Daemon:
+            # One thread here and one below: two that wait for each other on busy cores take ten times as long.
+            return stack.enter_context(running_daemon(model=weights_of(model), ready=True, threads=1))
+
+        yield cache(start)
+
+
+@pytest.fixture(scope="module")
+def upstream_of(weights_of: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """openai-whisper's own objects of these weights."""
     torch.set_num_threads(1)
-    cache = tmp_path_factory.mktemp("cache")
-    loaded = load(model, cache_dir=cache, device="cpu", dtype="auto", on_step=lambda: None, environ={})
-    return loaded.whisper
+    folder = tmp_path_factory.mktemp("cache")
 
+    def loaded(model: str) -> Any:
+        return load(
+            weights_of(model), cache_dir=folder, device="cpu", dtype="auto", on_step=lambda: None, environ={}
+        ).whisper
 
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[RawClient]:
-    with daemon.client() as client:
-        yield client
+    return cache(loaded)
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return speak(TEXT, tmp_path_factory.mktemp("speech") / "harbour.wav", voice="rms")
-
-
-def encode(source: Path, name: str, *arguments: str) -> Path:
-    path = source.with_name(name)
-    subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", source, *arguments, path], check=True)
+def harbour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What users have: 44.1 kHz stereo AAC in MP4."""
+    wav = speak(TEXT, tmp_path_factory.mktemp("speech") / "harbour.wav", voice="rms")
+    path = wav.with_suffix(".m4a")
+    aac = ("-ar", "44100", "-ac", "2", "-c:a", "aac", "-b:a", "128k")
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, *aac, path], check=True)
     return path
 
 
@@ -83,13 +91,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @requires_program("flite")
 @requires_program("ffmpeg")
-@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES.keys(), indirect=["model"])
-def test_tokens_are_upstreams(client: RawClient, upstream: Any, speech: Path, options: dict[str, Any]) -> None:
-    """The file is what users have (44.1 kHz stereo AAC in MP4), decoded here by us and there by openai-whisper."""
-    path = encode(speech, "harbour.m4a", "-ar", "44100", "-ac", "2", "-c:a", "aac", "-b:a", "128k")
+@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES.keys())
+def test_tokens_are_upstreams(
+    daemon_of: Callable[[str], Daemon],
+    upstream_of: Callable[[str], Any],
+    harbour: Path,
+    model: str,
+    options: dict[str, Any],
+) -> None:
+    """The file is decoded here by us and there by openai-whisper."""
     options = {"temperature": 0.0} | options
-    ours = client.result(client.submit(path, options=options)["id"])["transcript"]
-    theirs = whisper.transcribe(upstream, whisper.load_audio(str(path)), fp16=False, verbose=None, **options)
+    with daemon_of(model).client() as client:
+        ours = client.result(client.submit(harbour, options=options)["id"])["transcript"]
+    samples = whisper.load_audio(str(harbour))
+    theirs = whisper.transcribe(upstream_of(model), samples, fp16=False, verbose=None, **options)
     assert tokens(ours) == tokens(theirs)
     assert ours["text"] == theirs["text"]
     assert ours["language"] == theirs["language"]
@@ -104,8 +119,13 @@ def test_tokens_are_upstreams(client: RawClient, upstream: Any, speech: Path, op
             )
 
 
+@pytest.fixture
+def client(daemon_of: Callable[[str], Daemon]) -> Iterator[RawClient]:
+    with daemon_of("tiny.en").client() as client:
+        yield client
+
+
 @requires_program("flite")
-@pytest.mark.parametrize("model", ["tiny.en"], indirect=True)
 def test_the_words_are_the_spoken_ones_and_runs_beside_each_other_are_not_mixed_up(
     client: RawClient, tmp_path: Path
 ) -> None:
@@ -119,7 +139,6 @@ def test_the_words_are_the_spoken_ones_and_runs_beside_each_other_are_not_mixed_
         assert word_error_rate(sentence, client.result(job)["transcript"]["text"]) < 0.25
 
 
-@pytest.mark.parametrize("model", ["tiny.en"], indirect=True)
 def test_the_shipped_sample_is_heard_word_for_word(client: RawClient) -> None:
     job = client.submit(ASSETS / "sample.flac", priority="interactive")
     text = client.result(job["id"])["transcript"]["text"]
