@@ -165,7 +165,8 @@ class Decoder:
         for layer, block in enumerate(self._blocks):
             attended = attend(layer, block.qkv(block.norm(x)))
             if read_at is not None and layer == len(self._blocks) - 1:  # from here on nothing is kept of the others
-                x, attended = x[list(read_at)], attended[list(read_at)]
+                at = torch.tensor(read_at, device=x.device)
+                x, attended = x[at], attended[at]
             x = x + block.out(attended)
             x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
             x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))

@@ -98,7 +98,9 @@ def compile_alignment() -> None:
             function.enable_caching()
         dtw(torch.rand(3, 4))
     except Exception as error:  # what is kept is a pickle, and a disk can be full: anything may come of it
-        log.warning("model: numba's folder of compiled functions is of no use (%s); compiling without", error)
+        log.warning(
+            "model: what numba compiled before is of no use (%s); delete cache_dir/numba to have it made anew", error
+        )
         for function in compiled:
             function._cache.disable()
         dtw(torch.rand(3, 4))
