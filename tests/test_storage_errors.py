@@ -123,7 +123,7 @@ def test_a_disk_that_fails_under_a_copy_refuses_the_submit(
             with pytest.raises(WhisperdError, match=r"disk of the spool cannot be written.*administrator") as caught:
                 submit(client, recording(600))
             assert caught.value.code == "internal"
-        assert not list((daemon.state_dir / "spool").iterdir())
+        wait_until(lambda: not list((daemon.state_dir / "spool").iterdir()), message="nothing stays in the spool")
         assert submit(client, recording())["state"] == "queued"
 
 

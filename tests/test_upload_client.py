@@ -101,7 +101,7 @@ def test_an_upload_that_is_cut_off_begins_anew_and_is_one_job(shared: Daemon, re
         assert [job.id for job in far.jobs() if job.id not in before] == [job.id]
         again = far.submit(path, key="cut in the middle", **PLAIN_OPTIONS)
         assert again.id == job.id
-    assert list((shared.state_dir / "spool").iterdir()) == []
+    wait_until(lambda: not list((shared.state_dir / "spool").iterdir()), message="nothing stays in the spool")
 
 
 def test_an_attached_upload_is_held_by_its_client(forwarded: Path, recording: Callable[..., Path]) -> None:
