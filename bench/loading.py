@@ -51,7 +51,7 @@ def _rows(name: str, figures: dict[str, list[dict[str, float]]]) -> Iterator[Row
         what=f"load to ready against `whisper.load_model`, {name}",
         goal="≥ 2 ×",
         measured=f"{theirs_s / ours_s:.2f} ×: {ours_s:.2f} s (of it the weights {median('ours', 'weights_s'):.2f} s) "
-        f"against {theirs_s:.2f} s",
+        f"against {theirs_s:.2f} s; layers laid out anew beside the first work: {median('ours', 'settle_s'):.2f} s",
         met=theirs_s >= 2 * ours_s,
         runs=runs,
     )
@@ -89,9 +89,12 @@ def _load_ours(path: Path, cache_dir: Path) -> dict[str, float]:
     imports_mb, started = peak_rss_mb(os.getpid()), time.perf_counter()
     model = load(str(path), cache_dir=cache_dir, **options)
     loaded = time.perf_counter()
-    Engine(model, on_step=lambda: None, release=True)
+    engine = Engine(model, on_step=lambda: None, release=True)
+    ready = time.perf_counter()
+    engine.settle()  # a thread's, beside the first work; its memory counts
     return {
-        "load_s": time.perf_counter() - started,
+        "load_s": ready - started,
+        "settle_s": time.perf_counter() - ready,
         "weights_s": loaded - started,
         "imports_mb": imports_mb,
     }

@@ -55,6 +55,7 @@ class Runs:
         self.model = model
         self.spool = spool
         self.engine = Engine(model, on_step=on_step, release=release)
+        self.engine.settle()
         self._fast_windows = fast_windows
         self._mel_worker, self._speech = Worker("mel"), SpeechDetector()
 

@@ -48,7 +48,7 @@ class Engine:
     ) -> None:
         self.model = model
         whisper, dims = model.whisper, model.whisper.dims
-        kernels = Kernels(model.device, model.dtype)
+        kernels = self._kernels = Kernels(model.device, model.dtype)
         with torch.inference_mode():
             encoder = Encoder(whisper.encoder, kernels, heads=dims.n_audio_head)
             on_step()
@@ -76,6 +76,11 @@ class Engine:
             encoder, live, kernels, limits, on_step=on_step, interactive_in_a_row=interactive_in_a_row
         )
         self.counters = self._batcher.counters
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Make steps as fast as they get. For a thread of its own: the engine works before, and meanwhile."""
+        self._kernels.settle()
 
     def wake(self) -> None:
         """Make waiting runs look at their marks."""

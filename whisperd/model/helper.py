@@ -150,6 +150,7 @@ class ModelHelper:
             return
         log.info("model: ready model=%s device=%s dtype=%s", model.name, model.device, model.dtype_name)
         self._link.send(ready(model, identity, capacity=settings.open_runs or self._engine.windows + 1))
+        start_thread(self._engine.settle, name="settle")
 
     def _loading_error(self, error: Exception) -> str:
         if isinstance(error, WhisperdError):

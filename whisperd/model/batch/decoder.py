@@ -12,7 +12,8 @@ from whisper.model import ResidualAttentionBlock, TextDecoder
 
 from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.encoder import fused_qkv
-from whisperd.model.batch.kernels import Kernels, Linear
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.layers import Linear
 
 _ROWS = 8  # what the layers are laid out for; other numbers work too
 _VOCABULARY_MULTIPLE = 64  # tensor cores want a whole number of tiles

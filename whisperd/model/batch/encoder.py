@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from whisper.model import AudioEncoder, MultiHeadAttention, ResidualAttentionBlock
 
-from whisperd.model.batch.kernels import Kernels, Linear
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.layers import Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
