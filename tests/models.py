@@ -1,6 +1,6 @@
 """The models that tests run on: all of them openai-whisper's real class and code.
 
-- `micro_checkpoint`: planted weights, made in a second, about 0.1 s a window. Its words mean nothing, but they depend
+- `micro_checkpoint`: planted weights, made in seconds, about 0.2 s a window. Its words mean nothing, but they depend
   on the audio and on nothing else: for system tests with many jobs.
 
 For what is about words: tiny.en (`whisperd.model.loading.demo_folder`) and base (`bench.weights.base_folder`).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,15 +44,20 @@ def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: i
     one, the window's audio decides. What was said before, prompts and the position in the context change nothing.
     """
     path = folder / "micro.pt"
+    torch.save({"dims": vars(MICRO), "model_state_dict": _weights(segments, words, seed)}, path)
+    return path
+
+
+@cache
+def _weights(segments: int, words: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return the weights as a checkpoint has them, made once a process: they take seconds, and 14 MB."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine a team of threads waits for itself: 1 s alone, 20 s together
     try:
         model = _planted(segments, words, seed)
     finally:
         torch.set_num_threads(threads)
-    weights = {name: value.half() for name, value in model.state_dict().items()}
-    torch.save({"dims": vars(model.dims), "model_state_dict": weights}, path)
-    return path
+    return {name: value.half() for name, value in model.state_dict().items()}
 
 
 def _planted(segments: int, words: int, seed: int) -> Whisper:
@@ -147,11 +153,11 @@ def _sounds() -> Iterator[torch.Tensor]:
     """Return ten seconds each of hum and hiss, of many pitches and colours, in syllables."""
     generator = torch.Generator().manual_seed(1)
     time_s = torch.arange(10 * SAMPLE_RATE) / SAMPLE_RATE
+    one_s = time_s[:SAMPLE_RATE]  # whole numbers of hertz: every second sounds like the first
     for pitch_hz in (90, 120, 160, 220, 300, 420):
         for brightness in (0.5, 1.0, 2.0):
-            harmonics = sum(
-                torch.sin(2 * torch.pi * pitch_hz * n * time_s) / n**brightness for n in range(1, 7000 // pitch_hz)
-            )
+            tones = [torch.sin(2 * torch.pi * pitch_hz * n * one_s) / n**brightness for n in range(1, 7000 // pitch_hz)]
+            harmonics = torch.stack(tones).sum(0).repeat(10)
             hiss = torch.randn(len(time_s), generator=generator) * 0.02 * brightness
             syllables = torch.sin(2 * torch.pi * (1 + pitch_hz / 100) * time_s).clamp(min=0)
             yield 0.1 * harmonics * syllables + hiss

@@ -318,7 +318,9 @@ class Daemon:
             self.process.wait()
             pytest.fail(f"the daemon did not end within {timeout_s:g} s of signal {number}")
         self.process = None
-        _, left = psutil.wait_procs(helpers, timeout=5)
+        deadline = time.monotonic() + 5
+        while (left := [helper for helper in helpers if not has_ended(helper)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
         for helper in left:
             helper.kill()
         assert not left, f"helpers outlived the daemon: {left}"
@@ -377,6 +379,14 @@ def files_in(folder: Path) -> list[Path]:
     return [Path(place, name) for place, _, names in os.walk(folder) for name in names]
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """True once a process has ended, also where nobody has asked how yet: an init may take seconds for orphans."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def stop_process(pid: int) -> None:
     """Stop a process with SIGSTOP and wait until it stands: on another processor it goes on for a moment."""
     os.kill(pid, signal.SIGSTOP)
@@ -398,4 +408,16 @@ def speak(text: str, path: Path, voice: str = "slt") -> Path:
     """Speak English text into a WAV file with flite (voices: slt rms awb kal16) and return the path."""
     need(shutil.which("flite") is not None, "the program flite (apt-get install flite)")
     subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], check=True, capture_output=True)
+    return path
+
+
+def speak_apart(text: str, path: Path, *, every_s: float) -> Path:
+    """Speak the sentences of a text into a WAV file, one every so many seconds: a long recording of few words."""
+    with wave.open(str(path), "wb") as whole:
+        for number, sentence in enumerate(text.split(". ")):
+            with wave.open(str(speak(sentence, path.with_name(f"{path.stem}-{number}.wav"), voice="rms"))) as part:
+                if number == 0:
+                    whole.setparams(part.getparams())
+                silence = bytes(2 * round(every_s * part.getframerate()))
+                whole.writeframes((part.readframes(part.getnframes()) + silence)[: len(silence)])
     return path

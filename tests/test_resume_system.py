@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import micro_checkpoint
-from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak, stop_process, wait_until
+from tests.support import PLAIN_OPTIONS, Daemon, requires_program, speak_apart, stop_process, wait_until
 from whisperd.model.loading import demo_folder
 
 MODEL = "whisperd.model.main"
 # No sentence twice: what repeats itself is tried again warmer, six times a window.
-SPEECH = """
-The harbour was quiet in the morning. A small boat came in with the tide, and two men carried baskets of fish up to the
-market. Nobody spoke, because there was nothing to say. Later in the day the wind changed, and the boats that were still
-outside began to come home one after the other. The old man at the window counted them, as he did every evening, and
-when the last one was in he closed the shutters and lit his lamp. Then it was night. The sea went on with its work, and
-in the houses people slept until the first bell called them back to the water. Permission is granted to any person who
-obtains a copy of this work to use it without any restriction. The notice above shall be included in all copies. On a
-good day there were more than thirty of them. In the evening he wrote the number into a small black book, and then he
-went home to his wife. The children of the village thought that he was waiting for someone. Nobody ever asked him, and
-so nobody ever knew. The work is provided as it is, with no warranty of any kind.
-"""
+SPEECH = (
+    "The harbour was quiet in the morning. Nobody spoke, because there was nothing to say. Then it was night. "
+    "The notice above shall be included in all copies. On a good day there were more than thirty of them. "
+    "The work is provided as it is"
+)
 
 
 class Follower:
@@ -166,11 +160,11 @@ def test_real_speech_goes_on_with_the_same_tokens_and_word_times(
     start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     daemon = start_daemon(model=str(demo_folder()), ready=True, log_level="debug", helper_backoff_s=0.01)
-    path = speak(" ".join(SPEECH.split()), tmp_path / "harbour.wav", voice="rms")
+    path = speak_apart(SPEECH, tmp_path / "harbour.wav", every_s=12)
     options = {"word_timestamps": True, "temperature": 0}
     with daemon.client() as client:
         follower = Follower(daemon, client.submit(path, options=options)["id"])
-    for cut in (kill_helper, kill_daemon):
+    for cut in (unload, kill_daemon):  # a helper that died would first be tried with the sample, for seconds
         follower.until_it_speaks()
         settle(daemon)
         cut(daemon)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import whisper
 import whisperd
 from bench.weights import base_folder
 from bench.words import word_error_rate
-from tests.support import Daemon, RawClient, requires_program, running_daemon, speak
+from tests.support import Daemon, RawClient, requires_program, running_daemon, speak, speak_apart
 from whisperd.model.loading import demo_folder, load
 
 ASSETS = Path(whisperd.__file__).parent / "assets"
@@ -26,6 +26,11 @@ TEXT = (
     "that were still outside began to come home one after the other. The old man at the window counted them, as he did "
     "every evening, and when the last one was in he closed the shutters and lit his lamp. Then it was night. The sea "
     "went on with its work, and in the houses people slept until the first bell called them back to the water."
+)
+# Longer than a window too, with fewer words: what is about other things takes half the time.
+FEW = (
+    "The harbour was quiet in the morning. Nobody spoke, because there was nothing to say. Then it was night. "
+    "A small boat came in with the tide"
 )
 
 
@@ -66,44 +71,51 @@ def upstream_of(weights_of: Callable[[str], str], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def harbour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """What users have: 44.1 kHz stereo AAC in MP4."""
-    wav = speak(TEXT, tmp_path_factory.mktemp("speech") / "harbour.wav", voice="rms")
-    path = wav.with_suffix(".m4a")
+    folder = tmp_path_factory.mktemp("speech")
+    spoken = {
+        "harbour": speak(TEXT, folder / "harbour.wav", voice="rms"),
+        "few words": speak_apart(FEW, folder / "few.wav", every_s=10),
+    }
     aac = ("-ar", "44100", "-ac", "2", "-c:a", "aac", "-b:a", "128k")
-    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, *aac, path], check=True)
-    return path
+    for wav in spoken.values():
+        subprocess.run(["ffmpeg", "-v", "error", "-i", wav, *aac, wav.with_suffix(".m4a")], check=True)
+    return {name: wav.with_suffix(".m4a") for name, wav in spoken.items()}
 
 
 def tokens(transcript: dict[str, Any]) -> list[list[int]]:
     return [segment["tokens"] for segment in transcript["segments"]]
 
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "as it comes": ("tiny.en", {}),
-    "language given, word times": ("tiny.en", {"language": "en", "word_timestamps": True}),
-    "beams, no conditioning": ("tiny.en", {"beam_size": 3, "condition_on_previous_text": False}),
-    "prompt and clips": ("tiny.en", {"initial_prompt": "A story of the sea.", "clip_timestamps": [3.0, 12.0]}),
-    "language detected": ("base", {}),
-    "translation": ("base", {"language": "de", "task": "translate", "clip_timestamps": [0.0, 8.0]}),
-}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "as it comes": ("tiny.en", "harbour", {}),
+    "language given, word times": ("tiny.en", "few words", {"language": "en", "word_timestamps": True}),
+    "beams, no conditioning": ("tiny.en", "few words", {"beam_size": 3, "condition_on_previous_text": False}),
+    "prompt and clips": (
+        "tiny.en", "harbour", {"initial_prompt": "A story of the sea.", "clip_timestamps": [3.0, 12.0]},
+    ),
+    "language detected": ("base", "few words", {}),
+    "translation": ("base", "harbour", {"language": "de", "task": "translate", "clip_timestamps": [0.0, 8.0]}),
+}  # fmt: skip
 
 
 @requires_program("flite")
 @requires_program("ffmpeg")
-@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("model", "recording", "options"), CASES.values(), ids=CASES.keys())
 def test_tokens_are_upstreams(
     daemon_of: Callable[[str], Daemon],
     upstream_of: Callable[[str], Any],
-    harbour: Path,
+    recordings: Mapping[str, Path],
     model: str,
+    recording: str,
     options: dict[str, Any],
 ) -> None:
     """The file is decoded here by us and there by openai-whisper."""
-    options = {"temperature": 0.0} | options
+    path, options = recordings[recording], {"temperature": 0.0} | options
     with daemon_of(model).client() as client:
-        ours = client.result(client.submit(harbour, options=options)["id"])["transcript"]
-    samples = whisper.load_audio(str(harbour))
+        ours = client.result(client.submit(path, options=options)["id"])["transcript"]
+    samples = whisper.load_audio(str(path))
     theirs = whisper.transcribe(upstream_of(model), samples, fp16=False, verbose=None, **options)
     assert tokens(ours) == tokens(theirs)
     assert ours["text"] == theirs["text"]
