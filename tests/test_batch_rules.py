@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -156,18 +157,47 @@ JOBS: list[dict[str, Any]] = [
 ]
 
 
-def live_rows(model: Whisper) -> LiveRows[int]:
-    dims = model.dims
-    decoder = Decoder(
-        model.decoder, Kernels(CPU, torch.float32), heads=dims.n_text_head, audio_positions=dims.n_audio_ctx
-    )
-    return LiveRows(decoder, vocabulary=dims.n_vocab, device=CPU, windows=1, rows=1)
+class Replaying(Kernels):
+    """Replays on a CPU as a GPU does: the same work on the same tensors, into the same result."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, torch.float32)
+        self.recordings = self.replays = 0
+
+    @property
+    def replays_steps(self) -> bool:
+        return True
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.recordings += 1
+        result = torch.full_like(work(), torch.nan)
+
+        def replay() -> torch.Tensor:
+            self.replays += 1
+            return result.copy_(work())
+
+        return replay
+
+
+class Unrecordable(Replaying):
+    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def live_rows(model: Whisper, kernels: Kernels | None = None, *, slots: int = 1) -> LiveRows[int]:
+    kernels, dims = kernels or Kernels(CPU, torch.float32), model.dims
+    decoder = Decoder(model.decoder, kernels, heads=dims.n_text_head, audio_positions=dims.n_audio_ctx)
+    return LiveRows(decoder, kernels, vocabulary=dims.n_vocab, device=CPU, windows=slots, rows=slots)
 
 
 @torch.inference_mode()
-def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(babbler: Whisper) -> None:
+@pytest.mark.parametrize(("kernels", "slots"), [(None, 1), (Replaying, 1), (Replaying, 40), (Unrecordable, 1)])
+def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(
+    babbler: Whisper, kernels: type[Replaying] | None, slots: int
+) -> None:
     """Windows of different kinds come and go while others are on their way; each says what it would have said alone."""
-    live = live_rows(babbler)
+    recorder = kernels() if kernels else None
+    live = live_rows(babbler, recorder, slots=slots)
     tasks = {n: task_of(babbler, **{"sample_len": 40} | JOBS[n % len(JOBS)]) for n in range(2 * len(JOBS))}
     features = torch.randn(len(tasks), 1, models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
     waiting, found, together = list(tasks), dict[int, Outcome](), set()
@@ -181,6 +211,8 @@ def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(babbler: 
         together.add(live.count)
         found |= dict(live.step()) if live.count else {}
     assert max(together) > 8
+    if recorder is not None:
+        assert (recorder.replays > 30) == (kernels is Replaying)
     said = set()
     for owner, task in tasks.items():
         wanted = DecodingTask(babbler, task.options).run(features[owner])[0]
@@ -215,6 +247,59 @@ def test_what_is_drawn_is_drawn_as_often_as_it_is_likely(babbler: Whisper) -> No
     again = live.begin(0, task, search_of(task, 7), features)
     assert again == live.begin(0, task, search_of(task, 7), features)
     assert again != live.begin(0, task, search_of(task, 8), features)
+
+
+@torch.inference_mode()
+def test_steps_of_many_lengths_are_replayed_from_a_few_recordings(babbler: Whisper) -> None:
+    """Windows begin one after the other, greedily: their number and the length of what they say always change."""
+    end, recorder = task_of(babbler).tokenizer.eot, Replaying()
+    replayed, plain = live_rows(babbler, recorder, slots=12), live_rows(babbler, slots=12)
+    options = {"suppress_tokens": [end], "sample_len": 90}
+    steps = 0
+    for owner in range(9):
+        task, features = task_of(babbler, **options), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+        for live in (replayed, plain):
+            live.begin(owner, task, search_of(task, 0), features)
+        for _ in range(6):
+            assert not replayed.step()
+            assert not plain.step()
+            steps += 1
+    found = [sorted((owner, outcome.candidates[0][0]) for owner, outcome in all_of(live)) for live in (replayed, plain)]
+    assert found[0] == found[1]
+    assert len({tuple(said) for _, said in found[0]}) > 6, "each has its own"
+    assert recorder.replays > steps
+
+
+@torch.inference_mode()
+def test_recordings_are_void_where_the_caches_are_other_tensors(babbler: Whisper) -> None:
+    recorder, task = Replaying(), task_of(babbler, suppress_tokens=[task_of(babbler).tokenizer.eot], sample_len=60)
+    live = live_rows(babbler, recorder, slots=4)
+    live.begin(0, task, search_of(task, 0), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state))
+    seen = []
+    for slots in (None, None, None, 5, None, None):
+        if slots:
+            live.shrink(windows=slots, rows=slots)
+        live.step()
+        seen.append((recorder.recordings, recorder.replays))
+    assert seen == [(0, 0), (1, 1), (1, 2), (1, 2), (2, 3), (2, 4)]
+
+
+def all_of(live: LiveRows[int]) -> Iterator[tuple[int, Outcome]]:
+    while live.count:
+        yield from live.step()
+
+
+@torch.inference_mode()
+def test_want_of_memory_while_a_step_is_recorded_is_told(babbler: Whisper) -> None:
+    class Full(Replaying):
+        def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    live, task = live_rows(babbler, Full(), slots=4), task_of(babbler, sample_len=40)
+    live.begin(0, task, search_of(task, 0), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state))
+    live.step()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        live.step()
 
 
 # --- what a step costs ---

@@ -64,6 +64,7 @@ class Engine:
             )
             live: LiveRows[Request] = LiveRows(
                 self._decoder,
+                kernels,
                 vocabulary=dims.n_vocab,
                 device=model.device,
                 # One more, for interactive work.

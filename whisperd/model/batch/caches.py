@@ -29,6 +29,7 @@ class Cache:
         turned: bool = False,
     ) -> None:
         self.length = length
+        self.generation = 0  # goes up when the tensors are others
         self._turned = turned
         self._shape = (heads, width, length) if turned else (heads, length, width)
         self._dtype, self._device = dtype, device
@@ -42,6 +43,7 @@ class Cache:
 
     def resize(self, slots: int, *, used: int) -> None:
         """Make it so many slots, a layer at a time; the first `used` keep what they hold."""
+        self.generation += 1
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 new = self._zeros(slots)

@@ -83,11 +83,21 @@ class Decoder:
         self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
     ) -> Tensor:
         """Feed each of the first rows its token at its position; return `(rows, vocabulary)` float32 logits."""
-        device, count, length = self._kernels.device, len(tokens), max(positions) + 1
-        place = torch.tensor([tokens, positions], device=device)
+        place = self._kernels.send([tokens, positions])
+        length = max(positions) + 1
+        return self.step_at(place, rows, windows, routing, length=length, masked=min(positions) + 1 < length)
+
+    def step_at(
+        self, place: Tensor, rows: Cache, windows: Cache, routing: Routing | None, *, length: int, masked: bool
+    ) -> Tensor:
+        """As `step`, with nothing that depends on what `place` holds: `(2, rows)`, tokens and their positions.
+
+        A row attends to the first `length` positions, of which those behind its own are masked if `masked`.
+        """
+        device, count = self._kernels.device, place.shape[1]
         at, each = place[1], torch.arange(count, device=device)
         mask = None
-        if min(positions) + 1 < length:
+        if masked:
             beyond = torch.arange(length, device=device) > at[:, None]
             mask = torch.zeros(beyond.shape, dtype=self._kernels.stream, device=device)
             mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ class Kernels:
         self.stream = torch.float32 if device.type == "cpu" else dtype
         self._packs = device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._unsettled: list[SettlingLinear] = []
+        self._recorder: tuple[torch.cuda.Stream, Any] | None = None  # where all recordings are made, and their memory
 
     @property
     def encodes_beside_steps(self) -> bool:
@@ -55,6 +59,39 @@ class Kernels:
         """
         while self._unsettled:
             self._unsettled.pop(0).settle()
+
+    @property
+    def replays_steps(self) -> bool:
+        """True where a step is a thousand launches that each take longer than what they launch."""
+        return self.device.type == "cuda"
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return what does the same work on the same tensors again, in one launch; its result is overwritten each time.
+
+        Nothing is computed yet. Raises `RuntimeError` for work that cannot be recorded.
+        """
+        if self.device.type != "cuda":
+            return work
+        if self._recorder is None:
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._recorder = stream, torch.cuda.graph_pool_handle()
+        stream, pool = self._recorder
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: they compute mels on the same device.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def send(self, numbers: Sequence[Sequence[int]]) -> Tensor:
+        """Return integers as a tensor on the device, without waiting for it."""
+        if self.device.type != "cuda":
+            return torch.tensor(numbers, device=self.device)
+        return torch.tensor(numbers).pin_memory().to(self.device, non_blocking=True)
 
     @property
     def turns_windows(self) -> bool:

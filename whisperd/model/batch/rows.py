@@ -11,6 +11,8 @@ from torch import Tensor
 from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.decoder import Decoder, Routing
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.replays import Replays
 from whisperd.model.batch.rules import Bound, Filtered, Rules, apply_rules, bound_of, key_of, rules_of
 from whisperd.model.batch.search import Beams, Offer, Outcome, Row, Search
 
@@ -54,8 +56,11 @@ class LiveRows(Generic[Owner]):
     last one.
     """
 
-    def __init__(self, decoder: Decoder, *, vocabulary: int, device: torch.device, windows: int, rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, kernels: Kernels, *, vocabulary: int, device: torch.device, windows: int, rows: int
+    ) -> None:
         self._decoder = decoder
+        self._step = Replays(decoder, kernels).step if kernels.replays_steps else decoder.step
         self._vocabulary = vocabulary
         self._device = device
         self._row_cache = decoder.row_cache(rows)
@@ -122,7 +127,7 @@ class LiveRows(Generic[Owner]):
         positions = [group.position for _, group in self._rows]
         if self._routing_is_stale:
             self._routing, self._routing_is_stale = self._route(), False
-        logits = self._decoder.step(tokens, positions, self._row_cache, self._window_cache, self._routing)
+        logits = self._step(tokens, positions, self._row_cache, self._window_cache, self._routing)
         return self._choose(logits, list(self._groups), first=False)
 
     def drop(self, owner: Owner) -> None:

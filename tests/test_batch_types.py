@@ -1,0 +1,104 @@
+"""What a GPU is given to compute, in shapes and types alone: tensors on the meta device have no numbers to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from whisper.decoding import DecodingTask
+from whisper.model import Conv1d, Linear, Whisper
+
+from tests import models
+from tests.test_batch_rules import task_of
+from whisperd.model.batch.decoder import Decoder, Routing
+from whisperd.model.batch.encoder import Encoder
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.rules import Bound, Times, apply_rules, rules_of
+
+META = torch.device("meta")
+DIMS = models.MICRO
+FEATURES = (DIMS.n_audio_ctx, DIMS.n_audio_state)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    dtype: torch.dtype
+    encoder: Encoder
+    decoder: Decoder
+
+    def features(self) -> Tensor:
+        return torch.empty(FEATURES, dtype=self.dtype, device=META)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
+def parts(request: pytest.FixtureRequest) -> Parts:
+    """The parts of a model that was loaded as for a GPU, in each type that a GPU computes in."""
+    dtype = cast("torch.dtype", request.param)
+    model = Whisper(DIMS)
+    for module in model.modules():
+        if isinstance(module, Linear | Conv1d | nn.Embedding):
+            module.to(dtype)
+    for store in (each for module in model.modules() for each in (module._parameters, module._buffers)):
+        for name, value in store.items():
+            if value is not None and not value.is_sparse:
+                store[name] = value.detach().to(META)
+    kernels = Kernels(META, dtype)
+    return Parts(
+        dtype,
+        Encoder(model.encoder, kernels, heads=DIMS.n_audio_head),
+        Decoder(model.decoder, kernels, heads=DIMS.n_text_head, audio_positions=DIMS.n_audio_ctx),
+    )
+
+
+def spread(rows: int, windows: int) -> Routing:
+    """Return a routing of so many rows to fewer windows: beams."""
+    return Routing(
+        rows=torch.zeros(windows, rows // windows, dtype=torch.int64, device=META),
+        places=torch.zeros(rows, dtype=torch.int64, device=META),
+    )
+
+
+@pytest.mark.parametrize("routing", [None, spread(10, 2)], ids=["greedy", "beams"])
+@torch.inference_mode()
+def test_a_step_reads_nothing_back(parts: Parts, routing: Routing | None) -> None:
+    rows, windows = parts.decoder.row_cache(12), parts.decoder.window_cache(12)
+    place = torch.zeros(2, 10, dtype=torch.int64, device=META)
+    logits = parts.decoder.step_at(place, rows, windows, routing, length=64, masked=True)
+    assert (logits.shape, logits.dtype, logits.device) == ((10, DIMS.n_vocab), torch.float32, META)
+    assert {each.dtype for cache in (rows, windows) for each in (*cache.keys, *cache.values)} == {parts.dtype}
+
+
+@torch.inference_mode()
+def test_rules_read_nothing_back(parts: Parts) -> None:
+    task: DecodingTask = task_of(Whisper(DIMS))
+    rules = rules_of(task, vocabulary=DIMS.n_vocab, device=META)
+    times = [Times(), Times(True, 7, no_text=True), Times(True, 9, no_time=True)]
+    logits = torch.empty(3, DIMS.n_vocab, device=META)
+    bounds = [Bound.FREE, Bound.ENDS, Bound.GOES_ON]
+    filtered = apply_rules(logits, [rules] * 3, times, first=False, bounds=bounds)
+    assert [each.shape for each in filtered.best()] == [(3,), (3,)]
+    assert filtered.log_probabilities([0, 2]).shape == (2, DIMS.n_vocab)
+
+
+@torch.inference_mode()
+def test_a_window_is_encoded_and_begun_in_the_type_of_the_model(parts: Parts) -> None:
+    encoding = parts.encoder.encode(torch.empty(DIMS.n_mels, 3000))
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as end:
+            features = end.value
+            break
+    assert (features.shape, features.dtype, features.device) == (FEATURES, parts.dtype, META)
+    rows, windows = parts.decoder.row_cache(2), parts.decoder.window_cache(2)
+    logits = parts.decoder.begin([1, 2, 3, 4], (0, 3), features, rows, 1, windows, 1)
+    assert (logits.shape, logits.dtype) == ((2, DIMS.n_vocab), torch.float32)
+    wanted = dict[int, Tensor]()
+    logits = parts.decoder.read_through([1, 2, 3], features, wanted.__setitem__)
+    assert (logits.shape, logits.dtype) == ((3, DIMS.n_vocab), torch.float32)
+    assert {(each.shape, each.dtype) for each in wanted.values()} == {
+        ((DIMS.n_text_head, 3, DIMS.n_audio_ctx), torch.float32)
+    }
