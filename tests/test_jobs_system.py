@@ -252,7 +252,7 @@ def test_a_restart_loses_nothing(
     with daemon.client() as client:
         done = submit(client, recording(2))
         text = client.result(done["id"])["transcript"]["text"]
-        jobs = [submit(client, recording(40)) for _ in range(8)]
+        jobs = [submit(client, recording(20)) for _ in range(8)]
         wait_until(lambda: client.call("stats")["lanes"]["model"]["active"] > 0)
     assert daemon.kill() is None if how == signal.SIGKILL else daemon.stop() == 0
     daemon.start(ready=True)
@@ -303,7 +303,7 @@ def test_a_run_whose_process_dies_three_times_is_given_up_and_the_queue_goes_on(
 ) -> None:
     daemon = start_daemon(model=str(micro), ready=True, helper_backoff_s=0.01)
     with daemon.client() as client:
-        job = submit(client, recording(30 * MINUTE_S))
+        job = submit(client, recording(10 * MINUTE_S))
         for deaths in range(3):
             wait_until(
                 lambda deaths=deaths: client.call("result", job=job["id"])["job"]["attempts"] == deaths + 1,

@@ -98,7 +98,10 @@ def test_a_run_goes_on_wherever_it_was_cut_off(micro: Bench, options: dict[str, 
 @requires_program("flite")
 @pytest.mark.parametrize(
     "options",
-    [{"word_timestamps": True, "clip_timestamps": [0, 8, 20, 28]}, {"mode": "fast", "temperature": [0.4]}],
+    [
+        {"word_timestamps": True, "clip_timestamps": [0, 8, 20, 28]},
+        {"mode": "fast", "temperature": [0.4], "clip_timestamps": [0, 5, 28, 33]},  # too far apart for one window
+    ],
     ids=["exact", "fast"],
 )
 def test_real_speech_goes_on_too(tiny: Bench, options: dict[str, Any]) -> None:

@@ -38,9 +38,9 @@ someone. Nobody ever asked him, and so nobody ever knew. The work is provided as
 
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a spool with `speech` (half a minute and more), `short` (a few seconds) and `nothing` (no samples)."""
+    """Return a spool with `speech` (half a minute and more), `some` of it (two sentences), `short` and `nothing`."""
     spool = tmp_path_factory.mktemp("spool")
-    speak_into(spool, TEXT, short=5, nothing=0)
+    speak_into(spool, TEXT, some=9, short=5, nothing=0)
     return spool
 
 
@@ -84,11 +84,11 @@ def test_tiny_en_says_what_upstream_says(tiny: Bench, options: dict[str, Any]) -
 
 
 def test_the_words_are_those_that_were_spoken(base: Bench) -> None:
-    run, sent = base.begin()
+    run, sent = base.begin("some")
     transcript = run.transcribe()
-    check_equal(transcript, sent, base.upstream(), words=False)
+    check_equal(transcript, sent, base.upstream("some"), words=False)
     assert transcript.language == "en"
-    assert word_error_rate(TEXT, transcript.text) < 0.1
+    assert word_error_rate(" ".join(TEXT.split(". ")[:2]), transcript.text) < 0.1
     assert transcript.model == "base"
     assert not transcript.truncated
     assert transcript.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
@@ -314,7 +314,7 @@ def test_exact_says_what_it_left_out(tiny: Bench, with_silence: Path) -> None:
     assert transcript.segments == []
     assert transcript.coverage.transcribed_s == 0
     assert length_s(transcript.coverage.gaps) > 0.8 * transcript.coverage.speech_s > 20
-    run, _ = tiny.begin("speech")
+    run, _ = tiny.begin("some")
     assert run.transcribe().coverage.gaps == []
 
 
