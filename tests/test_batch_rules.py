@@ -17,6 +17,7 @@ from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import Whisper
 
 from tests import models
+from whisperd.model.batch import replays
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.rows import LiveRows
@@ -158,7 +159,7 @@ JOBS: list[dict[str, Any]] = [
 
 
 class Replaying(Kernels):
-    """Replays on a CPU as a GPU does: the same work on the same tensors, into the same result."""
+    """Replays on a CPU as a GPU does: the same work on the same tensors."""
 
     def __init__(self) -> None:
         super().__init__(CPU, torch.float32)
@@ -168,20 +169,25 @@ class Replaying(Kernels):
     def replays_steps(self) -> bool:
         return True
 
-    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recordings += 1
-        result = torch.full_like(work(), torch.nan)
 
-        def replay() -> torch.Tensor:
+        def replay() -> None:
             self.replays += 1
-            return result.copy_(work())
+            work()
 
         return replay
 
 
 class Unrecordable(Replaying):
-    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    """Cannot record as long as there is an `error`."""
+
+    error: RuntimeError | None = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.error is not None:
+            raise self.error
+        return super().record(work)
 
 
 def live_rows(model: Whisper, kernels: Kernels | None = None, *, slots: int = 1) -> LiveRows[int]:
@@ -290,16 +296,45 @@ def all_of(live: LiveRows[int]) -> Iterator[tuple[int, Outcome]]:
 
 
 @torch.inference_mode()
-def test_want_of_memory_while_a_step_is_recorded_is_told(babbler: Whisper) -> None:
-    class Full(Replaying):
-        def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    live, task = live_rows(babbler, Full(), slots=4), task_of(babbler, sample_len=40)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), Unrecordable.error], ids=str)
+def test_what_cannot_be_recorded_is_launched_until_there_is_less_to_do(
+    babbler: Whisper, error: RuntimeError, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, task = Unrecordable(), task_of(babbler, suppress_tokens=[task_of(babbler).tokenizer.eot], sample_len=60)
+    recorder.error = error
+    live = live_rows(babbler, recorder, slots=4)
     live.begin(0, task, search_of(task, 0), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state))
-    live.step()
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    for _ in range(5):
         live.step()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"model: steps are not recorded any more error={error}"
+    ]
+    recorder.error = None
+    live.step()
+    assert not recorder.recordings
+    live.shrink(windows=3, rows=3)
+    for _ in range(3):
+        live.step()
+    assert (recorder.recordings, recorder.replays) == (1, 2)
+
+
+@torch.inference_mode()
+def test_the_longest_unused_recordings_give_way(babbler: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "_MOST_KEPT", 1)
+    recorder, task = Replaying(), task_of(babbler, suppress_tokens=[task_of(babbler).tokenizer.eot], sample_len=60)
+    live = live_rows(babbler, recorder, slots=4)
+    features = torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    seen = []
+    for owners in (1, 1, 2, 2, 1, 1, 1):
+        if owners == 2 and len(live.owners) == 1:
+            live.begin(1, task, search_of(task, 0), features)
+        elif not live.owners:
+            live.begin(0, task, search_of(task, 0), features)
+        elif owners == 1:
+            live.drop(1)
+        live.step()
+        seen.append((recorder.recordings, recorder.replays))
+    assert seen == [(0, 0), (1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (3, 4)]
 
 
 # --- what a step costs ---

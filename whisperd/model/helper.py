@@ -251,8 +251,6 @@ class ModelHelper:
         if isinstance(error, WhisperdError):
             return error.code, error.message
         if is_out_of_memory(error):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             return (
                 ErrorCode.OUT_OF_MEMORY,
                 "the model ran out of memory; try again with a smaller beam_size or best_of, "
@@ -308,8 +306,9 @@ def is_device_failure(error: BaseException) -> bool:
     if not (isinstance(error, RuntimeError) and torch.cuda.is_available()):
         return False
     try:
-        # Libraries above CUDA report in their own words; a lost context shows at the next call.
-        torch.cuda.synchronize()
+        # Libraries above CUDA report in their own words; a lost context shows at the next call. One that waits for
+        # nothing: the batcher may be recording.
+        torch.cuda.mem_get_info()
     except RuntimeError:
         return True
     return False

@@ -12,14 +12,15 @@ _MB = 2**20
 # glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT_MB, _KEPT_MB = 32, 128
+# The CPU's allocator says it in words only, and so does what takes a GPU's memory by itself: graphs, cuBLAS.
+_OUT = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _SHARE = 0.8  # of what is free: others come and go
 _WORKING_BYTES = 512 * _MB  # what one encoder block and the logits of all rows take for a moment
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True when memory of the device or of the machine ran out, and nothing worse happened."""
-    # The CPU's allocator says it in words only.
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _OUT)
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,7 +273,8 @@ class Batcher:
         self._limits.halve()
         self._live.shrink(windows=self._limits.windows + 1, rows=self._limits.rows)
         if self._kernels.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after a recording that failed torch may take it for unfinished
+                torch.cuda.empty_cache()
 
     def _wait_again(self, request: Request) -> None:
         """Begin a request anew when there is room. It will find the same: what is drawn depends on nothing else."""

@@ -55,7 +55,7 @@ class Decoder:
         self._audio_positions = audio_positions
         self._embeddings: Tensor = decoder.token_embedding.weight.detach()
         self._positions: Tensor = decoder.positional_embedding.detach()
-        self._vocabulary: int = self._embeddings.shape[0]
+        self.vocabulary: int = self._embeddings.shape[0]
         self.width: int = self._embeddings.shape[1]
         self._norm = kernels.norm(decoder.ln)
         self._logits = kernels.linear(self._padded_embeddings(), None, rows=_ROWS)
@@ -191,7 +191,7 @@ class Decoder:
         return (self._embeddings[tokens] + self._positions[positions]).to(self._kernels.stream)
 
     def _read(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._logits(x)[:, : self._vocabulary].float()
+        logits: Tensor = self._logits(x)[:, : self.vocabulary].float()
         return logits
 
     def _attend_causally(
@@ -228,7 +228,7 @@ class Decoder:
     def _padded_embeddings(self) -> Tensor:
         if self._kernels.device.type == "cpu":
             return self._embeddings
-        return F.pad(self._embeddings, (0, 0, 0, -self._vocabulary % _VOCABULARY_MULTIPLE))
+        return F.pad(self._embeddings, (0, 0, 0, -self.vocabulary % _VOCABULARY_MULTIPLE))
 
 
 def _join(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from whisperd.model.batch.layers import Linear, SettlingLinear, with_onednn
 
-_FEW_ROWS = 16  # with so many a layer waits for memory, with more for the processor
+log = logging.getLogger("whisperd.model")
+
+_WAITS_FOR_MEMORY = 16  # rows of a layer; with more it waits for the processor
 
 
 class Kernels:
@@ -44,9 +47,9 @@ class Kernels:
         if self.compute is not torch.float32:
             layer = with_onednn(weight, bias, rows=rows)
             return lambda x: layer(x.to(self.compute)).float()
-        if rows > _FEW_ROWS:
+        if rows > _WAITS_FOR_MEMORY:
             return with_onednn(weight, bias, rows=rows)
-        settling = SettlingLinear(weight, bias)
+        settling = SettlingLinear(weight, bias, rows=rows)
         self._unsettled.append(settling)
         return settling
 
@@ -58,34 +61,39 @@ class Kernels:
         20 (beams of many windows) the layers take longer by up to a quarter.
         """
         while self._unsettled:
-            self._unsettled.pop(0).settle()
+            try:
+                self._unsettled.pop(0).settle()
+            except (RuntimeError, MemoryError) as error:  # it works on as it is
+                log.warning("model: a layer stays as it lies, steps take longer error=%s", error)
 
     @property
     def replays_steps(self) -> bool:
-        """True where a step is a thousand launches that each take longer than what they launch."""
+        """True where a step is hundreds of launches, and launching takes longer than computing."""
         return self.device.type == "cuda"
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return what does the same work on the same tensors again, in one launch; its result is overwritten each time.
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return what does the same work on the same tensors again, in one launch. Nothing is computed yet.
 
-        Nothing is computed yet. Raises `RuntimeError` for work that cannot be recorded.
+        Raises `RuntimeError` for work that cannot be recorded, or when memory runs out.
         """
-        if self.device.type != "cuda":
-            return work
-        if self._recorder is None:
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._recorder = stream, torch.cuda.graph_pool_handle()
-        stream, pool = self._recorder
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: they compute mels on the same device.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = work()
+        with torch.cuda.device(self.device):
+            if self._recorder is None:
+                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._recorder = stream, torch.cuda.graph_pool_handle()
+            stream, pool = self._recorder
+            # The outer one, because a recording that fails leaves its stream the current one. Only what this thread
+            # does must fit into a recording: others may ask how much memory is free.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                work()
+        return graph.replay
 
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
+    def forget_recordings(self) -> None:
+        """Have the next recordings take memory of their own: the pool of those that are gone may not be used again."""
+        self._recorder = None
 
     def send(self, numbers: Sequence[Sequence[int]]) -> Tensor:
         """Return integers as a tensor on the device, without waiting for it."""

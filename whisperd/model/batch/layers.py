@@ -11,7 +11,6 @@ from torch import Tensor
 Linear = Callable[[Tensor], Tensor]
 
 _ROWS_AT_ONCE = 1024  # of a matrix that is looked at: a copy of the whole would be the most memory of a start
-_FEW_ROWS = 8
 
 
 def with_onednn(weight: Tensor, bias: Tensor | None, *, rows: int) -> Linear:
@@ -32,8 +31,11 @@ def _with_fbgemm(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def _is_half(weight: Tensor) -> bool:
-    """True if float16 has every number of it."""
-    return all(torch.equal(rows, rows.half().float()) for rows in torch.split(weight, _ROWS_AT_ONCE))
+    """True if float16 has every number of it. Not of infinite ones: FBGEMM makes them finite, in the weight itself."""
+    return all(
+        bool(rows.isfinite().all()) and torch.equal(rows, rows.half().float())
+        for rows in torch.split(weight, _ROWS_AT_ONCE)
+    )
 
 
 class SettlingLinear:
@@ -43,8 +45,9 @@ class SettlingLinear:
     these are read as such then, and no number changes. Of other weights oneDNN has the layout.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
+        """`rows` is how many rows x mostly has."""
+        self._weight, self._bias, self._rows = weight, bias, rows
         self._apply: Linear = lambda x: F.linear(x, weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,5 +58,5 @@ class SettlingLinear:
         if "fbgemm" in torch.backends.quantized.supported_engines and _is_half(self._weight):
             self._apply = _with_fbgemm(self._weight, self._bias)
         else:
-            self._apply = with_onednn(self._weight, self._bias, rows=_FEW_ROWS)
+            self._apply = with_onednn(self._weight, self._bias, rows=self._rows)
         del self._weight

@@ -60,7 +60,7 @@ class LiveRows(Generic[Owner]):
         self, decoder: Decoder, kernels: Kernels, *, vocabulary: int, device: torch.device, windows: int, rows: int
     ) -> None:
         self._decoder = decoder
-        self._step = Replays(decoder, kernels).step if kernels.replays_steps else decoder.step
+        self._replays = Replays(decoder, kernels) if kernels.replays_steps else None
         self._vocabulary = vocabulary
         self._device = device
         self._row_cache = decoder.row_cache(rows)
@@ -83,6 +83,8 @@ class LiveRows(Generic[Owner]):
 
     def shrink(self, *, windows: int, rows: int) -> None:
         """Give back the memory of slots beyond these, and beyond those in use."""
+        if self._replays is not None:
+            self._replays.forget()
         self._window_cache.resize(max(windows, len(self._groups)), used=len(self._groups))
         self._row_cache.resize(max(rows, self.count), used=self.count)
 
@@ -127,7 +129,8 @@ class LiveRows(Generic[Owner]):
         positions = [group.position for _, group in self._rows]
         if self._routing_is_stale:
             self._routing, self._routing_is_stale = self._route(), False
-        logits = self._step(tokens, positions, self._row_cache, self._window_cache, self._routing)
+        step = self._decoder.step if self._replays is None else self._replays.step
+        logits = step(tokens, positions, self._row_cache, self._window_cache, self._routing)
         return self._choose(logits, list(self._groups), first=False)
 
     def drop(self, owner: Owner) -> None:
