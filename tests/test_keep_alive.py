@@ -48,7 +48,7 @@ def test_an_idle_model_is_unloaded_and_the_next_job_loads_it(
     daemon: Daemon, client: RawClient, recording: Callable[..., Path]
 ) -> None:
     # Longer than it may be idle: work is not.
-    answer = client.result(submit(client, recording(600))["id"])["job"]
+    answer = client.result(submit(client, recording(150))["id"])["job"]
     assert (answer["state"], answer["attempts"]) == ("done", 1)
     unloaded(daemon, client)
     health = client.call("health")
