@@ -50,7 +50,9 @@ class Engine:
         whisper, dims = model.whisper, model.whisper.dims
         kernels = self._kernels = Kernels(model.device, model.dtype)
         with torch.inference_mode():
-            encoder = Encoder(whisper.encoder, kernels, heads=dims.n_audio_head)
+            # Block by block: else the encoder would lie in memory twice for a moment.
+            packed = release_weights if release else (lambda block: None)
+            encoder = Encoder(whisper.encoder, kernels, heads=dims.n_audio_head, packed=packed)
             on_step()
             self._decoder = Decoder(whisper.decoder, kernels, heads=dims.n_text_head, audio_positions=dims.n_audio_ctx)
             on_step()

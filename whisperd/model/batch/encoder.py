@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,24 @@ class _Block:
 class Encoder:
     """openai-whisper's encoder for one window at a time (on a CPU batches are slower: 550 ms alone, 608 in a batch)."""
 
-    def __init__(self, encoder: AudioEncoder, kernels: Kernels, *, heads: int) -> None:
+    def __init__(
+        self,
+        encoder: AudioEncoder,
+        kernels: Kernels,
+        *,
+        heads: int,
+        packed: Callable[[ResidualAttentionBlock], None] = lambda block: None,
+    ) -> None:
+        """`packed` is called with each block whose weights are not needed any more."""
         self._kernels = kernels
         self._heads = heads
         self._conv1, self._conv2 = encoder.conv1, encoder.conv2
         self._positions = encoder.positional_embedding.detach()
         self._norm = kernels.norm(encoder.ln_post)
-        self._blocks = [_pack(block, kernels, rows=len(self._positions)) for block in encoder.blocks]
+        self._blocks: list[_Block] = []
+        for block in encoder.blocks:
+            self._blocks.append(_pack(block, kernels, rows=len(self._positions)))
+            packed(block)
 
     def encode(self, mel: Tensor) -> Generator[None, None, Tensor]:
         """Compute a block at each `next`; return the features `(n_audio_ctx, n_audio_state)` of a mel `(n_mels, 3000)`.
