@@ -193,7 +193,7 @@ class Unrecordable(Replaying):
 def live_rows(model: Whisper, kernels: Kernels | None = None, *, slots: int = 1) -> LiveRows[int]:
     kernels, dims = kernels or Kernels(CPU, torch.float32), model.dims
     decoder = Decoder(model.decoder, kernels, heads=dims.n_text_head, audio_positions=dims.n_audio_ctx)
-    return LiveRows(decoder, kernels, vocabulary=dims.n_vocab, device=CPU, windows=slots, rows=slots)
+    return LiveRows(decoder, kernels, windows=slots, rows=slots)
 
 
 @torch.inference_mode()

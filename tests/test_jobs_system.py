@@ -11,10 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, stop_process, submit, wait_until
+from tests.support import (
+    PLAIN_OPTIONS,
+    Daemon,
+    RawClient,
+    error_of,
+    has_ended,
+    running_daemon,
+    stop_process,
+    submit,
+    wait_until,
+)
 from whisperd.protocol.errors import WhisperdError
 
 MINUTE_S = 60
@@ -188,7 +197,7 @@ def test_a_helper_that_does_not_obey_a_cancel_is_replaced(
         (model,) = daemon.helpers("whisperd.model.main")
         stop_process(model.pid)
         client.call("cancel", job=job["id"])
-        wait_until(lambda: not model.is_running() or model.status() == psutil.STATUS_ZOMBIE, 10)
+        wait_until(lambda: has_ended(model), 10)
         done = client.result(bystander["id"])["job"]
         assert (done["state"], done["attempts"]) == ("done", 2)
         number = client.send("subscribe", job=bystander["id"])

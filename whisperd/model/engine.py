@@ -67,8 +67,6 @@ class Engine:
             live: LiveRows[Request] = LiveRows(
                 self._decoder,
                 kernels,
-                vocabulary=dims.n_vocab,
-                device=model.device,
                 # One more, for interactive work.
                 windows=self.windows + 1,
                 rows=self.windows + 1,

@@ -56,9 +56,9 @@ class Kernels:
     def settle(self) -> None:
         """Lay out anew what works without it, for faster steps: for a thread of its own.
 
-        For a second or more of one core; steps before it take twice as long. Reading weights in float16 makes steps of
-        tiny.en with one row 1.27 times as fast as oneDNN's layout does, with eight rows 1.05 times; with more than some
-        20 (beams of many windows) the layers take longer by up to a quarter.
+        For a second or more of one core; steps before it take up to three times as long. Reading weights in float16
+        makes steps of tiny.en with one row 1.27 times as fast as oneDNN's layout does, with eight rows 1.05 times; with
+        more than some 20 (beams of many windows) the layers take longer by up to a quarter.
         """
         while self._unsettled:
             try:

@@ -56,13 +56,10 @@ class LiveRows(Generic[Owner]):
     last one.
     """
 
-    def __init__(
-        self, decoder: Decoder, kernels: Kernels, *, vocabulary: int, device: torch.device, windows: int, rows: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, kernels: Kernels, *, windows: int, rows: int) -> None:
         self._decoder = decoder
         self._replays = Replays(decoder, kernels) if kernels.replays_steps else None
-        self._vocabulary = vocabulary
-        self._device = device
+        self._device = kernels.device
         self._row_cache = decoder.row_cache(rows)
         self._window_cache = decoder.window_cache(windows)
         self._groups: list[_Group[Owner]] = []
@@ -213,7 +210,7 @@ class LiveRows(Generic[Owner]):
         key = key_of(task)
         rules = self._known_rules.pop(key, None)
         if rules is None:
-            rules = rules_of(task, vocabulary=self._vocabulary, device=self._device)
+            rules = rules_of(task, vocabulary=self._decoder.vocabulary, device=self._device)
         self._known_rules[key] = rules
         while len(self._known_rules) > _KNOWN_RULES:
             del self._known_rules[next(iter(self._known_rules))]
