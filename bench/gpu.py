@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,8 @@ def measure(name: str, dims: ModelDimensions, device: str, folder: Path, *, jobs
         runs=str(runs),
     )
     yield _interactive(name, subject, names, alone)
+    if device == "cuda":
+        yield _waiting(name, subject, names)
     counters = subject.engine.counters
     yield Row(
         what=f"{name}: windows in a step, on average; windows and tokens",
@@ -132,6 +135,26 @@ def _interactive(name: str, subject: Runs, names: list[str], alone_s: float) -> 
         goal="<= 1.3 x",
         measured=f"{beside_s / alone_s:.2f} x",
         met=beside_s <= 1.3 * alone_s,
+    )
+
+
+def _waiting(name: str, subject: Runs, names: list[str]) -> Row:
+    """Return how often torch waits for the device. What windows need once (their audio, their prompt) is in it too."""
+    counters = subject.engine.counters
+    steps, windows = counters.steps, counters.windows
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            together(subject, names)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(each.message) for each in seen)
+    steps, windows = counters.steps - steps, counters.windows - windows
+    return Row(
+        what=f"{name}: torch waits for the device, in {steps} steps and {windows} windows",
+        goal="none in a step",
+        measured=f"{waits} times",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,10 @@ from tests.test_batch_rules import task_of
 from whisperd.model.batch.decoder import Decoder, Routing
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
-from whisperd.model.batch.rules import Bound, Times, apply_rules, rules_of
+from whisperd.model.batch.pasts import Pasts
+from whisperd.model.batch.rows import LiveRows
+from whisperd.model.batch.rules import apply_rules, rules_of
+from whisperd.model.batch.search import Outcome, search_of
 
 META = torch.device("meta")
 DIMS = models.MICRO
@@ -74,9 +78,9 @@ class NothingFromTheHost(TorchFunctionMode):
 @torch.inference_mode()
 def test_a_step_reads_nothing_back(parts: Parts, routing: Routing | None) -> None:
     rows, windows = parts.decoder.row_cache(12), parts.decoder.window_cache(12)
-    place = torch.zeros(2, 10, dtype=torch.int64, device=META)
+    tokens = torch.zeros(10, dtype=torch.int64, device=META)
     with NothingFromTheHost():
-        logits = parts.decoder.step_at(place, rows, windows, routing, length=64, masked=True)
+        logits = parts.decoder.step_at(tokens, tokens, rows, windows, routing, length=64, masked=True)
     assert (logits.shape, logits.dtype, logits.device) == ((10, DIMS.n_vocab), torch.float32, META)
     assert {each.dtype for cache in (rows, windows) for each in (*cache.keys, *cache.values)} == {parts.dtype}
 
@@ -85,12 +89,63 @@ def test_a_step_reads_nothing_back(parts: Parts, routing: Routing | None) -> Non
 def test_rules_read_nothing_back(parts: Parts) -> None:
     task: DecodingTask = task_of(Whisper(DIMS))
     rules = rules_of(task, vocabulary=DIMS.n_vocab, device=META)
-    times = [Times(), Times(True, 7, no_text=True), Times(True, 9, no_time=True)]
+    rows, numbers = slice(0, 3), torch.zeros(3, dtype=torch.int64, device=META)
+    pasts = Pasts(3, META)
+    pasts.begin(rows, rules.time_begin)
+    pasts.follow(rows, numbers, rules.time_begin)
     logits = torch.empty(3, DIMS.n_vocab, device=META)
-    bounds = [Bound.FREE, Bound.ENDS, Bound.GOES_ON]
-    filtered = apply_rules(logits, [rules] * 3, times, first=False, bounds=bounds)
+    times = pasts.times(rows, rules.time_begin)
+    filtered = apply_rules(logits, [rules] * 3, times, timed=numbers.bool(), speech_until=numbers)
     assert [each.shape for each in filtered.best()] == [(3,), (3,)]
-    assert filtered.log_probabilities([0, 2]).shape == (2, DIMS.n_vocab)
+    assert filtered.log_probabilities(numbers[:2]).shape == (2, DIMS.n_vocab)
+
+
+class Distant(Kernels):
+    """A GPU whose numbers come when they are asked for. It says one word again and again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(META, dtype)
+        self.launched = 0
+        self.read_after: list[int] = []  # how many more choices were launched when one was read
+
+    @property
+    def reads_late(self) -> bool:
+        return True
+
+    def receive(self, numbers: Tensor) -> Callable[[], Any]:
+        if not numbers.shape:  # no speech
+            return lambda: 0.25
+        self.launched += 1
+        number, rows = self.launched, numbers.shape[1]
+
+        def read() -> list[list[float]]:
+            self.read_after.append(self.launched - number)
+            return [[400.0] * rows, [-0.5] * rows]
+
+        return read
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "best_of": 3}], ids=["greedy", "drawn"])
+@torch.inference_mode()
+def test_nothing_is_read_before_the_next_step_is_launched(parts: Parts, options: dict[str, Any]) -> None:
+    kernels = Distant(parts.dtype)
+    live: LiveRows[str] = LiveRows(parts.decoder, kernels, windows=4, rows=4)
+    found = dict[str, Outcome]()
+    lengths = {"long": 12, "later": 6, "bound": 9}
+    tasks = {name: task_of(Whisper(DIMS), sample_len=length, **options) for name, length in lengths.items()}
+    for name, task in tasks.items():
+        found |= dict(
+            live.begin(name, task, search_of(task, 1), parts.features(), speech_until=500 * (name == "bound"))
+        )
+        found |= dict(live.step())
+    while live.count:
+        found |= dict(live.step())
+    assert {name: len(outcome.candidates[0][0]) for name, outcome in found.items()} == lengths
+    assert {outcome.no_speech for outcome in found.values()} == {0.25}
+    # The last tokens of a window that is cut off are no step's business: one choice each is read before the next.
+    assert len(kernels.read_after) == kernels.launched
+    assert kernels.read_after.count(0) == len(lengths)
+    assert set(kernels.read_after) <= {0, 1, 2}
 
 
 @torch.inference_mode()

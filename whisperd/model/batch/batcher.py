@@ -15,8 +15,8 @@ from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
-from whisperd.model.batch.rows import LiveRows
-from whisperd.model.batch.search import Outcome, Search
+from whisperd.model.batch.rows import Ended, LiveRows
+from whisperd.model.batch.search import Search
 from whisperd.model.batch.windows import Window
 from whisperd.model.memory import is_out_of_memory
 from whisperd.model.threads import start_thread
@@ -217,25 +217,24 @@ class Batcher:
             return
         assert request.task is not None
         assert request.search is not None
-        outcome = self._live.begin(
+        ended = self._live.begin(
             request, request.task, request.search(), window.features, speech_until=request.speech_until
         )
         self.counters.tokens += request.rows
-        if outcome is not None:
-            self._ended(request, outcome)
+        self._end(ended)
 
     def _step(self) -> None:
         counters = self.counters
         counters.steps += 1
         counters.window_steps += len(self._live.owners)
         counters.tokens += self._live.count
-        for request, outcome in self._live.step():
-            self._ended(request, outcome)
+        self._end(self._live.step())
 
-    def _ended(self, request: Request, outcome: Outcome) -> None:
-        self.counters.windows += 1
-        self._limits.window_ended()
-        request.settle(outcome)
+    def _end(self, ended: Ended[Request]) -> None:
+        for request, outcome in ended:
+            self.counters.windows += 1
+            self._limits.window_ended()
+            request.settle(outcome)
 
     # -- what goes wrong -------------------------------------------------------------------------------------------
 

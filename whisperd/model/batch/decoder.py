@@ -80,22 +80,29 @@ class Decoder:
         return self._cache(self._audio_positions, slots, turned=self._kernels.turns_windows)
 
     def step(
-        self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
+        self, tokens: Tensor, positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
     ) -> Tensor:
         """Feed each of the first rows its token at its position; return `(rows, vocabulary)` float32 logits."""
-        place = self._kernels.send([tokens, positions])
-        length = max(positions) + 1
-        return self.step_at(place, rows, windows, routing, length=length, masked=min(positions) + 1 < length)
+        at, length = self._kernels.send(positions), max(positions) + 1
+        return self.step_at(tokens, at, rows, windows, routing, length=length, masked=min(positions) + 1 < length)
 
     def step_at(
-        self, place: Tensor, rows: Cache, windows: Cache, routing: Routing | None, *, length: int, masked: bool
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        rows: Cache,
+        windows: Cache,
+        routing: Routing | None,
+        *,
+        length: int,
+        masked: bool,
     ) -> Tensor:
-        """As `step`, with nothing that depends on what `place` holds: `(2, rows)`, tokens and their positions.
+        """As `step`, with nothing that depends on what `tokens` and `at`, their positions, hold.
 
         A row attends to the first `length` positions, of which those behind its own are masked if `masked`.
         """
-        device, count = self._kernels.device, place.shape[1]
-        at, each = place[1], torch.arange(count, device=device)
+        device, count = self._kernels.device, len(tokens)
+        each = torch.arange(count, device=device)
         mask = None
         if masked:
             beyond = torch.arange(length, device=device) > at[:, None]
@@ -120,7 +127,7 @@ class Decoder:
                 heard = heard.transpose(1, 2).flatten(0, 1)[routing.places]
             return heard.reshape(count, -1)
 
-        return self._read(self._run(self._embed(place[0], at), attend, listen))
+        return self._read(self._run(self._embed(tokens, at), attend, listen))
 
     def begin(
         self,

@@ -55,7 +55,7 @@ class Replays:
         self._tensors, self._records = None, True
 
     def step(
-        self, tokens: Sequence[int], positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
+        self, tokens: Tensor, positions: Sequence[int], rows: Cache, windows: Cache, routing: Routing | None
     ) -> Tensor:
         """As `Decoder.step`, but what it returns is overwritten by the next call."""
         count = len(tokens)
@@ -69,10 +69,11 @@ class Replays:
         padding = [0] * (next((each for each in _ROWS if count <= each <= most), count) - count)
         length = min(rows.length, -(-(max(positions) + 1) // _POSITIONS) * _POSITIONS)
         place = self._place[:, : count + len(padding)]
-        place.copy_(self._kernels.send([[*tokens, *padding], [*positions, *padding]]))
+        place[0, :count] = tokens  # behind them lie tokens of earlier steps: as good as any
+        place[1] = self._kernels.send([*positions, *padding])
 
         def launch(routing: Routing | None) -> Tensor:
-            return self._decoder.step_at(place, rows, windows, routing, length=length, masked=True)
+            return self._decoder.step_at(place[0], place[1], rows, windows, routing, length=length, masked=True)
 
         key = (place.shape[1], length, None if routing is None else routing.rows.shape)
         recording = self._kept.pop(key, None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 from whisper.decoding import DecodingTask
 
+from whisperd.model.batch.choices import Choice, choose
 from whisperd.model.batch.decoder import Decoder, Routing
 from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.pasts import Pasts
 from whisperd.model.batch.replays import Replays
-from whisperd.model.batch.rules import Bound, Filtered, Rules, apply_rules, bound_of, key_of, rules_of
-from whisperd.model.batch.search import Beams, Offer, Outcome, Row, Search
+from whisperd.model.batch.rules import Rules, apply_rules, key_of, rules_of
+from whisperd.model.batch.search import Outcome, Row, Search
 
 Owner = TypeVar("Owner")
 
@@ -27,26 +29,45 @@ class _Group(Generic[Owner]):
     task: DecodingTask
     search: Search
     rules: Rules
-    no_speech: float
+    no_speech: Callable[[], float]
     rows: list[Row]
     speech_until: int  # where speech is known to end, as a timestamp's distance from the first; 0 where it is not
-    said: int = 0  # tokens so far, the same for all rows that go on
+    # Tokens so far, the same for all rows that go on: chosen on the device, and of these known here.
+    chosen: int = 0
+    said: int = 0
 
     @property
     def position(self) -> int:
         """Where the last token stands in the context."""
-        return int(self.task.sample_begin) + self.said - 1
+        return int(self.task.sample_begin) + self.chosen - 1
+
+    @property
+    def may_go_on(self) -> bool:
+        """True when there is room for a token more, whatever the last one turns out to be."""
+        return self._has_room(self.chosen)
 
     @property
     def over(self) -> bool:
         """True when nothing more can be or need be said."""
-        room = self.said < self.task.sample_len and self.task.sample_begin + self.said <= self.task.n_ctx
-        return not room or self.search.complete(self.rows)
+        return not self._has_room(self.said) or self.search.complete(self.rows)
 
-    def bound(self, row: Row) -> Bound:
-        """Return what is known of the end of a row's text."""
-        # Behind its first timestamp a window that holds no speech after all may still say nothing.
-        return bound_of(row.times, self.speech_until) if len(row.tokens) > 1 else Bound.FREE
+    def _has_room(self, tokens: int) -> bool:
+        return bool(tokens < self.task.sample_len and self.task.sample_begin + tokens <= self.task.n_ctx)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unread(Generic[Owner]):
+    """What was chosen and is not known here yet."""
+
+    rows: list[tuple[Row, _Group[Owner]]]
+    choice: Choice
+
+    @property
+    def groups(self) -> list[_Group[Owner]]:
+        return [*dict.fromkeys(group for _, group in self.rows)]
+
+
+Ended = list[tuple[Owner, Outcome]]
 
 
 class LiveRows(Generic[Owner]):
@@ -54,16 +75,21 @@ class LiveRows(Generic[Owner]):
 
     The rows in use are always the first ones of the cache, likewise the windows: a slot that becomes free takes the
     last one.
+
+    Where the device need not wait for the host (`Kernels.reads_late`), a step begins with tokens that only the device
+    knows, and what the step before chose is read then. So a window's end is seen one step late; its rows have stepped
+    once more by then, which nobody looks at. Beams are read at once.
     """
 
     def __init__(self, decoder: Decoder, kernels: Kernels, *, windows: int, rows: int) -> None:
-        self._decoder = decoder
+        self._decoder, self._kernels = decoder, kernels
         self._replays = Replays(decoder, kernels) if kernels.replays_steps else None
-        self._device = kernels.device
         self._row_cache = decoder.row_cache(rows)
         self._window_cache = decoder.window_cache(windows)
+        self._pasts = Pasts(rows, kernels.device)
         self._groups: list[_Group[Owner]] = []
         self._rows: list[tuple[Row, _Group[Owner]]] = []
+        self._unread = deque[_Unread[Owner]]()
         self._routing: Routing | None = None
         self._routing_is_stale = False
         self._known_rules: dict[Hashable, Rules] = {}
@@ -82,91 +108,138 @@ class LiveRows(Generic[Owner]):
         """Give back the memory of slots beyond these, and beyond those in use."""
         if self._replays is not None:
             self._replays.forget()
-        self._window_cache.resize(max(windows, len(self._groups)), used=len(self._groups))
-        self._row_cache.resize(max(rows, self.count), used=self.count)
+        self._resize(windows=max(windows, len(self._groups)), rows=max(rows, self.count))
 
     def begin(
         self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
-    ) -> Outcome | None:
-        """Take in a window: its prompt, then its first token. Returns what is found if that is all, else None.
+    ) -> Ended[Owner]:
+        """Take in a window: its prompt, then its first token. Return what has ended, as `step` does.
 
         Where it is known that somebody speaks until `speech_until`, counted in timestamps (20 ms), the text ends there:
         not behind an earlier segment, and no segment begins behind a later one.
         """
         window, first = len(self._groups), self.count
-        self._grow(window + 1, first + search.size)
+        slots = slice(first, first + search.size)
+        self._grow(window + 1, slots.stop)
         rules = self._rules(task)
         prompt = task.initial_tokens
         read_at = (task.sot_index, len(prompt) - 1)
         logits = self._decoder.begin(prompt, read_at, features, self._row_cache, first, self._window_cache, window)
-        no_speech_token = task.tokenizer.no_speech
-        no_speech = float("nan")
-        if no_speech_token is not None:
-            no_speech = float(logits[0].softmax(-1)[no_speech_token])
-        self._row_cache.copy([(first, first + n) for n in range(1, search.size)], len(prompt))
+        self._row_cache.copy([(first, slot) for slot in range(first + 1, slots.stop)], len(prompt))
+        self._pasts.begin(slots, rules.time_begin)
         rows = [Row(slot=first + n, number=n) for n in range(search.size)]
         group = _Group(
             owner=owner,
             task=task,
             search=search,
             rules=rules,
-            no_speech=no_speech,
+            no_speech=self._no_speech(logits[0], task),
             rows=rows,
             speech_until=speech_until,
         )
         self._groups.append(group)
         self._rows += [(row, group) for row in rows]
         self._routing_is_stale = True
-        ended = self._choose(logits[1:].repeat(search.size, 1), [group], first=True)
-        return ended[0][1] if ended else None
+        self._choose(logits[1:].repeat(search.size, 1), slots)
+        return self._read()
 
-    def step(self) -> list[tuple[Owner, Outcome]]:
-        """Let each row say one token more; return the windows that have ended."""
-        tokens = [row.tokens[-1] for row, _ in self._rows]
+    def step(self) -> Ended[Owner]:
+        """Let each row say one token more; return the windows that have ended, with what was found."""
+        if not all(group.may_go_on for group in self._groups) and (ended := self._read_all()):
+            return ended
+        tokens = self._pasts.tokens(self.count)
         positions = [group.position for _, group in self._rows]
         if self._routing_is_stale:
             self._routing, self._routing_is_stale = self._route(), False
         step = self._decoder.step if self._replays is None else self._replays.step
         logits = step(tokens, positions, self._row_cache, self._window_cache, self._routing)
-        return self._choose(logits, list(self._groups), first=False)
+        self._choose(logits, slice(0, self.count))
+        return self._read()
 
     def drop(self, owner: Owner) -> None:
         """Give up an owner's window, if it is live."""
         for group in [group for group in self._groups if group.owner is owner]:
             self._remove(group)
 
-    def _choose(self, logits: Tensor, groups: list[_Group[Owner]], *, first: bool) -> list[tuple[Owner, Outcome]]:
-        """Choose the next token of the rows of `groups` (all live ones, or the newest with its first token)."""
-        rows = self._rows[-len(logits) :]
+    # -- on the device ---------------------------------------------------------------------------------------------
+
+    def _no_speech(self, logits: Tensor, task: DecodingTask) -> Callable[[], float]:
+        token = task.tokenizer.no_speech
+        return (lambda: float("nan")) if token is None else self._kernels.receive(logits.softmax(-1)[token])
+
+    def _choose(self, logits: Tensor, slots: slice) -> None:
+        """Have rows choose their next token: all live ones, or those of the newest window its first."""
+        rows = self._rows[slots]
+        rules = [group.rules for _, group in rows]
+        first, time_begin = not rows[0][1].chosen, rules[0].time_begin
+        # Behind its first timestamp a window that holds no speech after all may still say nothing.
+        until = [group.speech_until if group.chosen > 1 else 0 for _, group in rows]
         filtered = apply_rules(
             logits,
-            [group.rules for _, group in rows],
-            [row.times for row, _ in rows],
-            first=first,
-            bounds=[group.bound(row) for row, group in rows],
+            rules,
+            None if first else self._pasts.times(slots, time_begin),
+            timed=None if all(each.timed for each in rules) else self._kernels.send([each.timed for each in rules]),
+            speech_until=self._kernels.send(until) if any(until) else None,
         )
-        offers = dict(zip((id(row) for row, _ in rows), _offers(filtered, rows), strict=True))
+        choice = choose(filtered, [(row, group.search, group.chosen) for row, group in rows], self._kernels)
+        if choice.tokens is not None:
+            self._pasts.follow(slots, choice.tokens, time_begin)
+        unread = _Unread(rows=rows, choice=choice)
+        for group in unread.groups:
+            group.chosen += 1
+        self._unread.append(unread)
+
+    # -- on the host -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> Ended[Owner]:
+        """Learn what was chosen, but for what the next step need not wait for."""
+        late = self._kernels.reads_late and self._unread[-1].choice.tokens is not None
+        return self._read_all(but=1 if late else 0)
+
+    def _read_all(self, *, but: int = 0) -> Ended[Owner]:
+        ended: Ended[Owner] = []
+        while len(self._unread) > but:
+            ended += self._learn(self._unread.popleft())
+        if not self._rows:
+            self._unread.clear()
+        return ended
+
+    def _learn(self, unread: _Unread[Owner]) -> Ended[Owner]:
+        """Let rows say what they have chosen, and close those that have ended."""
+        offers = dict(zip((id(row) for row, _ in unread.rows), unread.choice.read(), strict=True))
+        groups = [group for group in unread.groups if group in self._groups]
         copies, ended_slots, length = list[tuple[int, int]](), list[int](), 0
         for group in groups:
             was = group.rows
             group.rows, new_copies = group.search.advance(was, [offers[id(row)] for row in was])
             if new_copies:
                 copies += new_copies
-                length = max(length, group.position + 1)
+                length = max(length, group.position)
             group.said += 1
             for row in group.rows:
                 self._rows[row.slot] = (row, group)
             kept = {row.slot for row in group.rows}
             ended_slots += [row.slot for row in was if row.slot not in kept]
-        self._row_cache.copy(copies, length)
+        if unread.choice.tokens is None:
+            self._row_cache.copy(copies, length)
+            self._tell(groups, copies)
         self._close(ended_slots)  # after the copies: it moves rows to other slots
         ended = [(group, self._outcome(group)) for group in groups if group.over]
         for group, _ in ended:
             self._remove(group)
         return [(group.owner, outcome) for group, outcome in ended]
 
+    def _tell(self, groups: Sequence[_Group[Owner]], copies: Sequence[tuple[int, int]]) -> None:
+        """Tell the device what was chosen here."""
+        rows = [row for group in groups for row in group.rows]
+        if not rows:
+            return
+        self._pasts.copy(copies)
+        slots, tokens = self._kernels.send([[row.slot for row in rows], [row.tokens[-1] for row in rows]])
+        self._pasts.follow(slots, tokens, groups[0].rules.time_begin)
+
     def _outcome(self, group: _Group[Owner]) -> Outcome:
-        return Outcome(candidates=group.search.candidates(group.rows), no_speech=group.no_speech)
+        return Outcome(candidates=group.search.candidates(group.rows), no_speech=group.no_speech())
 
     def _remove(self, group: _Group[Owner]) -> None:
         self._close([row.slot for row in group.rows])
@@ -181,18 +254,25 @@ class LiveRows(Generic[Owner]):
         for slot in sorted(slots, reverse=True):
             row, group = self._rows.pop()
             if slot != len(self._rows):
-                self._row_cache.copy([(row.slot, slot)], group.position + 1)
+                self._row_cache.copy([(row.slot, slot)], group.position)
+                self._pasts.copy([(row.slot, slot)])
                 row.slot = slot
                 self._rows[slot] = (row, group)
         self._routing_is_stale = True
 
     def _grow(self, windows: int, rows: int) -> None:
-        for cache, wanted, used in (
-            (self._window_cache, windows, len(self._groups)),
-            (self._row_cache, rows, self.count),
-        ):
-            if cache.slots < wanted:
-                cache.resize(max(wanted, cache.slots * 3 // 2), used=used)
+        has_windows, has_rows = self._window_cache.slots, self._row_cache.slots
+        self._resize(
+            windows=has_windows if windows <= has_windows else max(windows, has_windows * 3 // 2),
+            rows=has_rows if rows <= has_rows else max(rows, has_rows * 3 // 2),
+        )
+
+    def _resize(self, *, windows: int, rows: int) -> None:
+        if windows != self._window_cache.slots:
+            self._window_cache.resize(windows, used=len(self._groups))
+        if rows != self._row_cache.slots:
+            self._row_cache.resize(rows, used=self.count)
+            self._pasts.resize(rows, used=self.count)
 
     def _route(self) -> Routing | None:
         if all(group.rows[0].slot == slot and len(group.rows) == 1 for slot, group in enumerate(self._groups)):
@@ -204,13 +284,13 @@ class LiveRows(Generic[Owner]):
         for window, each in enumerate(rows):
             for place, slot in enumerate(each):
                 places[slot] = window * widest + place
-        return Routing(rows=torch.tensor(filled, device=self._device), places=torch.tensor(places, device=self._device))
+        return Routing(rows=self._kernels.send(filled), places=self._kernels.send(places))
 
     def _rules(self, task: DecodingTask) -> Rules:
         key = key_of(task)
         rules = self._known_rules.pop(key, None)
         if rules is None:
-            rules = rules_of(task, vocabulary=self._decoder.vocabulary, device=self._device)
+            rules = rules_of(task, vocabulary=self._decoder.vocabulary, device=self._kernels.device)
         self._known_rules[key] = rules
         while len(self._known_rules) > _KNOWN_RULES:
             del self._known_rules[next(iter(self._known_rules))]
@@ -218,43 +298,3 @@ class LiveRows(Generic[Owner]):
 
 
 _KNOWN_RULES = 16  # kinds of options whose rules are kept (0.4 MB each)
-
-
-def _offers(filtered: Filtered, rows: Sequence[tuple[Row, _Group[Owner]]]) -> list[Offer]:
-    """Return what each row may say next, as its window's search wants it."""
-    offers: dict[int, Offer] = {}
-    greedy, drawn, beams = list[int](), dict[int, tuple[float, float]](), dict[int, int]()
-    for n, (row, group) in enumerate(rows):
-        search = group.search
-        if isinstance(search, Beams):
-            beams[n] = search.size
-        elif search.temperature:
-            drawn[n] = (search.temperature, search.uniform(row))
-        else:
-            greedy.append(n)
-    if greedy:
-        # In one tensor: each `tolist` waits for the device.
-        tokens, log_probabilities = torch.stack([part.double() for part in filtered.best()]).tolist()
-        offers |= {n: ([int(tokens[n])], [log_probabilities[n]]) for n in greedy}
-    if drawn:
-        offers |= zip(drawn, _draw(filtered.log_probabilities([*drawn]), [*drawn.values()]), strict=True)
-    if beams:
-        likeliest = filtered.log_probabilities([*beams]).topk(max(beams.values()) + 1)
-        scores = torch.tensor([rows[n][0].score for n in beams], device=filtered.logits.device)
-        sums = (scores[:, None] + likeliest.values).tolist()
-        for n, tokens, each in zip(beams, likeliest.indices.tolist(), sums, strict=True):
-            offers[n] = (tokens[: beams[n] + 1], each[: beams[n] + 1])
-    return [offers[n] for n in range(len(rows))]
-
-
-def _draw(log_probabilities: Tensor, wishes: Sequence[tuple[float, float]]) -> list[Offer]:
-    """Draw a token for each row, by its temperature and number: where the sum of probabilities passes the number."""
-    device = log_probabilities.device
-    temperatures, uniforms = torch.tensor(wishes, dtype=torch.float64, device=device).T[:, :, None]
-    sums = (log_probabilities / temperatures.float()).softmax(-1).double().cumsum(-1)
-    total = sums[:, -1:]
-    # Never the total itself: behind it nothing is likely.
-    wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(sums, wanted, right=True)
-    chosen = log_probabilities.gather(1, tokens)
-    return [([token], [each]) for token, each in zip(tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)]

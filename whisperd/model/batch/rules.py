@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 
 import torch
 from torch import Tensor
 from whisper.decoding import ApplyTimestampRules, DecodingTask
+
+from whisperd.model.batch.pasts import Times
 
 _FAR_BELOW = -1e4  # so unlikely that no rule prefers it, and not forbidden
 _NEVER = -torch.inf
@@ -67,119 +68,98 @@ def rules_of(task: DecodingTask, *, vocabulary: int, device: torch.device) -> Ru
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """What the timestamps so far allow next: they come in pairs (except before the end) and never go back."""
-
-    last_was_time: bool = False
-    latest: int = -1  # the last timestamp, as its distance from the first one; -1: none yet
-    no_time: bool = False
-    no_text: bool = False
-
-    @property
-    def lowest(self) -> int:
-        """The lowest timestamp allowed. The end of a segment may not be its beginning."""
-        if self.latest < 0:
-            return 0
-        return self.latest if self.no_text else self.latest + 1
-
-    def after(self, token: int, *, first: bool, time_begin: int) -> Times:
-        """Return what is allowed after one more token."""
-        if token < time_begin:
-            return Times(False, self.latest)
-        pair = first or self.last_was_time  # upstream counts what was before the first token as a timestamp
-        return Times(True, token - time_begin, no_time=pair, no_text=not pair)
-
-
-class Bound(Enum):
-    """What is known of the end of a text behind the end of a segment, where it is known when speech ends.
-
-    No rule of openai-whisper's, and in mode exact always `FREE`.
-    """
-
-    FREE = auto()
-    GOES_ON = auto()  # somebody speaks on: the text may not end
-    ENDS = auto()  # nobody speaks any more: no segment may begin
-
-
-def bound_of(times: Times, speech_until: int) -> Bound:
-    """Return what holds behind these times; `speech_until` as the distance from the first timestamp, 0 if unknown."""
-    if not speech_until:
-        return Bound.FREE
-    if times.no_time and times.latest < speech_until - _LAST_WORDS:
-        return Bound.GOES_ON
-    return Bound.ENDS if times.no_text and times.latest >= speech_until else Bound.FREE
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filtered:
-    """Filtered logits `(rows, vocabulary)`, but for the last rule: where `only_time`, text is forbidden too."""
+    """Filtered logits `(rows, vocabulary)`, but for the text that the last rules forbid.
+
+    Where `no_text`, nothing before the end of the text is allowed, and where `only_time` no text at all.
+    """
 
     logits: Tensor
+    rules: Rules  # of any row: where timestamps begin is the same for all
+    no_text: Tensor | None  # None: nowhere
     only_time: Tensor
     best_text: Tensor
     best_text_at: Tensor
     best_time: Tensor
     best_time_at: Tensor
     time_total: Tensor  # logsumexp of the timestamps
-    time_begin: int
 
     def best(self) -> tuple[Tensor, Tensor]:
         """Return the likeliest token of each row and its log probability."""
-        text = self.logits[:, : self.time_begin]
+        time_begin, eot = self.rules.time_begin, self.rules.eot
+        text = self.logits[:, :time_begin]
         text_total = (text - self.best_text[:, None]).exp_().sum(-1).log_() + self.best_text
+        if self.no_text is not None:
+            text_total = torch.where(self.no_text, self.logits[:, eot:time_begin].logsumexp(-1), text_total)
         total = torch.where(self.only_time, self.time_total, torch.logaddexp(text_total, self.time_total))
         # At a tie argmax takes the first: text.
         time_wins = self.only_time | (self.best_time > self.best_text)
         best = torch.where(time_wins, self.best_time, self.best_text)
-        token = torch.where(time_wins, self.best_time_at + self.time_begin, self.best_text_at)
+        token = torch.where(time_wins, self.best_time_at + time_begin, self.best_text_at)
         return token, best - total
 
-    def log_probabilities(self, rows: Sequence[int]) -> Tensor:
+    def log_probabilities(self, rows: Tensor) -> Tensor:
         """Return the log probabilities `(len(rows), vocabulary)` of some rows under all rules."""
-        at = torch.tensor([*rows], device=self.logits.device)
-        logits = self.logits[at]
-        logits[:, : self.time_begin].masked_fill_(self.only_time[at][:, None], _NEVER)
+        time_begin, eot = self.rules.time_begin, self.rules.eot
+        logits, only_time = self.logits[rows], self.only_time[rows][:, None]
+        no_text = only_time if self.no_text is None else only_time | self.no_text[rows][:, None]
+        logits[:, :eot].masked_fill_(no_text, _NEVER)
+        logits[:, eot:time_begin].masked_fill_(only_time, _NEVER)
         return logits.log_softmax(-1)
 
 
 def apply_rules(
-    logits: Tensor, rules: Sequence[Rules], times: Sequence[Times], *, first: bool, bounds: Sequence[Bound]
+    logits: Tensor,
+    rules: Sequence[Rules],
+    times: Times | None,
+    *,
+    timed: Tensor | None = None,
+    speech_until: Tensor | None = None,
 ) -> Filtered:
-    """Filter logits in place; the sequences have an entry for each row. `first`: of all rows or of none."""
-    device, time_begin = logits.device, rules[0].time_begin
+    """Filter logits in place. `rules` has an entry for each row; `times` is None for the first tokens of windows.
+
+    `timed` says which rows have timestamps where some have none. `speech_until` is where speech is known to end, as a
+    distance from the first timestamp, 0 for rows of which it is not known. What follows from it is no rule of
+    openai-whisper's: behind a segment that ends earlier the text goes on, behind one that ends later no other begins.
+    """
+    time_begin, eot = rules[0].time_begin, rules[0].eot
     if all(each is rules[0] for each in rules):
-        logits += rules[0].first if first else rules[0].later
+        logits += rules[0].first if times is None else rules[0].later
     else:
-        logits += torch.stack([each.first if first else each.later for each in rules])
-    text, time = logits[:, :time_begin], logits[:, time_begin:]
-    going_on = [row for row, bound in enumerate(bounds) if bound is Bound.GOES_ON]
-    if going_on:
-        logits[:, rules[0].eot].index_fill_(0, torch.tensor(going_on, device=device), _NEVER)
-    rows_without_text = [row for row, each in enumerate(times) if each.no_text and rules[row].timed]
-    if rows_without_text:
+        logits += torch.stack([each.first if times is None else each.later for each in rules])
+    time = logits[:, time_begin:]
+    no_text = None
+    if times is not None:
+        count = time.shape[1]
+        no_time, no_text, lowest = times.no_time, times.no_text, times.lowest
+        if timed is not None:
+            no_time, no_text, lowest = no_time & timed, no_text & timed, lowest * timed
+        lowest = lowest.masked_fill(no_time, count)
+        if speech_until is not None:
+            known = speech_until > 0
+            logits[:, eot].masked_fill_(known & no_time & (times.latest < speech_until - _LAST_WORDS), _NEVER)
+            lowest.masked_fill_(known & no_text & (times.latest >= speech_until), count)
+        time.masked_fill_(torch.arange(count, device=logits.device) < lowest[:, None], _NEVER)
+    best_text, best_text_at = logits[:, :time_begin].max(-1)
+    if no_text is not None:
         # Not the end of the text: that may follow a single timestamp.
-        logits[:, : rules[0].eot].index_fill_(0, torch.tensor(rows_without_text, device=device), _NEVER)
-    count = time.shape[1]
-    lowest = [
-        (count if each.no_time or bound is Bound.ENDS else each.lowest) if rule.timed else 0
-        for rule, each, bound in zip(rules, times, bounds, strict=True)
-    ]
-    too_low = torch.arange(count, device=device) < torch.tensor(lowest, device=device)[:, None]
-    time.masked_fill_(too_low, _NEVER)
-    best_text, best_text_at = text.max(-1)
+        best_end, best_end_at = logits[:, eot:time_begin].max(-1)
+        best_text = torch.where(no_text, best_end, best_text)
+        best_text_at = torch.where(no_text, best_end_at + eot, best_text_at)
     best_time, best_time_at = time.max(-1)
     time_total = time.logsumexp(-1)
     only_time = time_total > best_text
-    if not all(rule.timed for rule in rules):
-        only_time &= torch.tensor([rule.timed for rule in rules], device=device)
+    if timed is not None:
+        only_time &= timed
     return Filtered(
         logits=logits,
+        rules=rules[0],
+        no_text=no_text,
         only_time=only_time,
         best_text=best_text,
         best_text_at=best_text_at,
         best_time=best_time,
         best_time_at=best_time_at,
         time_total=time_total,
-        time_begin=time_begin,
     )

@@ -6,7 +6,7 @@ A search only looks at numbers: the batch computes the same few for all rows of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from whisper.decoding import DecodingResult, DecodingTask
 from whisper.utils import compression_ratio
-
-from whisperd.model.batch.rules import Times
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -26,11 +24,9 @@ class Row:
     number: int = 0  # among the candidates of its window
     tokens: tuple[int, ...] = ()
     score: float = 0.0  # sum of log probabilities
-    times: Times = field(default_factory=Times)
 
-    def follow(self, token: int, score: float, time_begin: int) -> None:
+    def follow(self, token: int, score: float) -> None:
         """Say one token more."""
-        self.times = self.times.after(token, first=not self.tokens, time_begin=time_begin)
         self.tokens += (token,)
         self.score = score
 
@@ -61,10 +57,10 @@ class Pick:
         self._uniforms = uniforms
         self._ended: list[Row] = []
 
-    def uniform(self, row: Row) -> float:
-        """Return the number that draws the row's next token."""
+    def uniform(self, row: Row, said: int) -> float:
+        """Return the number that draws the row's token behind `said` others."""
         assert self._uniforms is not None, "greedy rows draw nothing"
-        return float(self._uniforms[len(row.tokens), row.number])
+        return float(self._uniforms[said, row.number])
 
     def complete(self, rows: list[Row]) -> bool:
         """True once all rows have ended, `rows` being those that go on."""
@@ -74,7 +70,7 @@ class Pick:
         """Return the rows that go on, and (source, target) slots to be copied (none)."""
         going_on = list[Row]()
         for row, ((token,), (log_probability,)) in zip(rows, offers, strict=True):
-            row.follow(token, row.score + log_probability, self._tokenizer.timestamp_begin)
+            row.follow(token, row.score + log_probability)
             (self._ended if token == self._tokenizer.eot else going_on).append(row)
         return going_on, []
 
@@ -127,8 +123,8 @@ class Beams:
                 slot = free.pop()
                 copies.append((parent.slot, slot))
             taken.add(slot)
-            child = Row(slot=slot, number=number, tokens=parent.tokens, times=parent.times)
-            child.follow(token, score, self._tokenizer.timestamp_begin)
+            child = Row(slot=slot, number=number, tokens=parent.tokens)
+            child.follow(token, score)
             going_on.append(child)
         return going_on, copies
 
