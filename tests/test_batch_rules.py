@@ -57,11 +57,12 @@ def test_rules_forbid_what_upstreams_filters_forbid(micro: Whisper) -> None:
     generator, chance = torch.Generator().manual_seed(3), random.Random(3)
     tasks = [task_of(micro, **options) for options in SOME_OPTIONS]
     rules = [rules_of(task, vocabulary=models.MICRO.n_vocab, device=CPU) for task in tasks]
-    begin = tasks[0].tokenizer.timestamp_begin
+    begin, eot = tasks[0].tokenizer.timestamp_begin, tasks[0].tokenizer.eot
     seen = set()
     for length in (0, 1, 2, 3, 4, 5, 6) * 2:
         pasts = [past(chance, length, begin) for _ in tasks]
         logits = random_logits(generator, len(tasks), begin)
+        logits[::2, eot] += 30 * (chance.random() < 0.5)
         theirs = []
         for row, (task, said) in enumerate(zip(tasks, pasts, strict=True)):
             each = logits[row : row + 1].clone()
@@ -80,8 +81,9 @@ def test_rules_forbid_what_upstreams_filters_forbid(micro: Whisper) -> None:
         assert torch.allclose(scores, wanted.max(-1).values, atol=1e-4)
         if times is not None:
             seen |= set(zip(times.no_text.tolist(), times.no_time.tolist(), strict=True))
+            seen |= {"the end"} if (times.no_text & (tokens == eot)).any() else set()
         seen |= set(filtered.only_time.tolist())
-    assert seen >= {(False, False), (True, False), (False, True), True, False}
+    assert seen >= {(False, False), (True, False), (False, True), True, False, "the end"}
 
 
 def test_where_speech_is_known_to_end_a_text_ends_neither_before_nor_begins_again_behind(micro: Whisper) -> None:
@@ -118,6 +120,19 @@ def test_where_speech_is_known_to_end_a_text_ends_neither_before_nor_begins_agai
         }[kind]
         assert (~bound.log_probabilities(rows)[row].isneginf()).nonzero().flatten().tolist() == wanted
     assert not bound.best()[1].isnan().any()
+
+
+@torch.inference_mode()
+def test_where_nobody_speaks_after_all_a_text_may_end_behind_its_first_timestamp(babbler: Whisper) -> None:
+    tokenizer = task_of(babbler).tokenizer
+    words = [token for token in range(tokenizer.timestamp_begin) if token != tokenizer.eot]
+    task, live = task_of(babbler, suppress_tokens=words, sample_len=9), live_rows(babbler)
+    features = torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    ended = live.begin(0, task, search_of(task, 0), features, speech_until=1200)
+    ((_, outcome),) = [*ended, *all_of(live)]
+    (((time, end), _),) = outcome.candidates
+    assert time >= tokenizer.timestamp_begin
+    assert end == tokenizer.eot
 
 
 def past(chance: random.Random, length: int, begin: int) -> list[int]:

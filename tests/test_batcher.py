@@ -18,6 +18,7 @@ from tests import models
 from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program, wait_until
 from whisperd.model.batch.batcher import Batcher, Limits, Request
+from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.engine import Engine
@@ -68,8 +69,14 @@ def at_once(runs: list[Run]) -> list[Transcript]:
 
 
 @requires_program("flite")
-@pytest.mark.parametrize("count", [2, 5, 16])
-def test_runs_beside_each_other_say_what_upstream_says(tiny: Bench, count: int) -> None:
+@pytest.mark.parametrize("count", [2, 5, 16, "5, read late as on a GPU"])
+def test_runs_beside_each_other_say_what_upstream_says(
+    tiny: Bench, count: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(count, str):
+        monkeypatch.setattr(Kernels, "reads_late", True)
+        monkeypatch.setattr(Kernels, "encodes_beside_steps", True)
+        count = 5
     jobs = [JOBS[n % len(JOBS)] for n in range(count)]
     random.Random(count).shuffle(jobs)
     runs = [tiny.begin(**options)[0] for options in jobs]
