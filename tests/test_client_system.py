@@ -107,7 +107,7 @@ def test_an_attached_job_outlives_its_daemon_and_not_its_client(micro: Path, rec
 
 def test_follow_across_a_restart(micro: Path, recording: Callable[..., Path]) -> None:
     with running_daemon(model=str(micro), ready=True) as daemon, Client(daemon.socket) as client:
-        job = client.submit(recording(LONG_S), **PLAIN_OPTIONS)
+        job = client.submit(recording(LONG_S / 2), **PLAIN_OPTIONS)
         events = []
         for event in client.follow(job.id):
             events.append(event)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon, RawClient, error_of, requires_root, submit, wait_until
+from tests.support import NO_MODEL, Daemon, RawClient, error_of, requires_root, submit, wait_until
 from tests.test_admission import ANNA, client_as
 
 MINUTE_S = 60
@@ -116,7 +116,7 @@ def test_nobody_retries_the_job_of_another(client: RawClient, shared: Daemon, re
 
 
 def test_audio_that_is_not_kept_is_told_of(start_daemon: Callable[..., Daemon], recording: Callable[..., Path]) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", keep_failed_audio_hours=0)
+    daemon = start_daemon(model=NO_MODEL, keep_failed_audio_hours=0)
     with daemon.client() as client:
         old = cancelled(client, recording(2))
         daemon.kill()
@@ -145,7 +145,7 @@ def test_a_retry_survives_kill_9(
 def test_a_retry_waits_for_a_place_like_any_other(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", capacity=2)
+    daemon = start_daemon(model=NO_MODEL, capacity=2)
     with daemon.client() as client:
         old = cancelled(client, recording(1))
         submit(client, recording(1))
@@ -174,42 +174,40 @@ def test_the_command_line_retries(client: RawClient, shared: Daemon, tmp_path: P
 # --- pause and resume ---
 
 
-def test_a_paused_queue_accepts_and_waits(
-    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
-) -> None:
-    daemon = start_daemon(model=str(micro), ready=True)
-    with daemon.client() as client:
-        at_work = submit(client, recording(3 * MINUTE_S))
-        wait_until(lambda: client.call("result", job=at_work["id"])["job"]["state"] == "running")
-        assert client.call("pause") == {"status": "paused"}
-        assert client.call("health")["status"] == "paused"
-        waiting = submit(client, recording(2), priority="interactive")
-        assert client.result(at_work["id"])["job"]["state"] == "done", "what was begun goes on"
-        assert client.call("result", job=waiting["id"])["job"]["state"] == "queued"
-        assert daemon.helpers("whisperd.model.main"), "the model stays loaded"
-        assert client.call("resume") == {"status": "ready"}
-        assert client.result(waiting["id"])["job"]["state"] == "done"
+@pytest.fixture
+def to_pause(shared: Daemon, client: RawClient) -> Iterator[Daemon]:
+    """The shared daemon, which goes on afterwards whatever the test did."""
+    yield shared
+    client.call("resume")
 
 
-def test_a_pause_may_free_the_device(
-    start_daemon: Callable[..., Daemon], micro: Path, recording: Callable[..., Path]
-) -> None:
-    daemon = start_daemon(model=str(micro), ready=True)
-    with daemon.client() as client:
-        job = submit(client, recording(10 * MINUTE_S))
-        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
-        assert daemon.whisperctl("pause", "--free-gpu").returncode == 0
-        wait_until(lambda: not daemon.helpers("whisperd.model.main"), 10)
-        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "queued", 10)
-        assert client.call("health")["model"]["state"] == "unloaded"
-        assert daemon.whisperctl("resume").returncode == 0
-        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+def test_a_paused_queue_accepts_and_waits(to_pause: Daemon, client: RawClient, recording: Callable[..., Path]) -> None:
+    at_work = submit(client, recording(3 * MINUTE_S))
+    wait_until(lambda: client.call("result", job=at_work["id"])["job"]["state"] == "running")
+    assert client.call("pause") == {"status": "paused"}
+    assert client.call("health")["status"] == "paused"
+    waiting = submit(client, recording(2), priority="interactive")
+    assert client.result(at_work["id"])["job"]["state"] == "done", "what was begun goes on"
+    assert client.call("result", job=waiting["id"])["job"]["state"] == "queued"
+    assert to_pause.helpers("whisperd.model.main"), "the model stays loaded"
+    assert client.call("resume") == {"status": "ready"}
+    assert client.result(waiting["id"])["job"]["state"] == "done"
 
 
-def test_resume_leaves_a_model_that_was_unloaded_before_the_pause(
-    start_daemon: Callable[..., Daemon], micro: Path
-) -> None:
-    daemon = start_daemon(model=str(micro), ready=True)
+def test_a_pause_may_free_the_device(to_pause: Daemon, client: RawClient, recording: Callable[..., Path]) -> None:
+    job = submit(client, recording(10 * MINUTE_S))
+    wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+    assert to_pause.whisperctl("pause", "--free-gpu").returncode == 0
+    wait_until(lambda: not to_pause.helpers("whisperd.model.main"), 10)
+    wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "queued", 10)
+    assert client.call("health")["model"]["state"] == "unloaded"
+    assert to_pause.whisperctl("resume").returncode == 0
+    wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "running")
+    client.call("cancel", job=job["id"])
+
+
+def test_resume_leaves_a_model_that_was_unloaded_before_the_pause(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL)
     with daemon.client() as client:
         client.call("model", action="unload")
         client.call("pause", free_gpu=True)
