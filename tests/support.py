@@ -188,11 +188,16 @@ def fill(path: Path) -> None:
 
 # --- whole daemons ---
 
+# Jobs are accepted, decoded, and wait. A name whose file is not there and is not downloaded: the daemon knows so by
+# itself. For a path it would start the model's process, which imports torch for seconds to find nothing.
+NO_MODEL = "tiny"
+
 
 class Daemon:
     """`python -m whisperd` in a temporary folder of its own, with a clean environment.
 
-    Settings are the keys of the configuration file. The folder's path is short: a socket's may have 107 bytes.
+    Settings are the keys of the configuration file. No model is downloaded, unless `models_url` says from where. The
+    folder's path is short: a socket's may have 107 bytes.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -202,7 +207,7 @@ class Daemon:
         self.cache_dir = self.folder / "cache"
         self.config_file = self.folder / "whisperd.toml"
         self.log_file = self.folder / "stderr"
-        self.settings: dict[str, Any] = {"threads": 1} | settings
+        self.settings: dict[str, Any] = {"threads": 1, "models_url": ""} | settings
         self.variables: dict[str, str] = {}  # beside the clean environment
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Daemon, client_as, error_of, requires_root, submit
+from tests.support import NO_MODEL, Daemon, client_as, error_of, requires_root, submit
 from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.config import Config
 from whisperd.protocol.errors import WhisperdError
@@ -97,7 +97,7 @@ def test_a_user_over_quota_holds_up_nobody_else(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
     daemon = start_daemon(
-        model="/nowhere/model.pt", socket_mode="0666", capacity=10, interactive_per_user=2, spool_bytes_per_user=MIB
+        model=NO_MODEL, socket_mode="0666", capacity=10, interactive_per_user=2, spool_bytes_per_user=MIB
     )
     with client_as(daemon, ANNA) as anna, client_as(daemon, BERT) as bert, daemon.client() as root:
         for _ in range(2):
@@ -116,7 +116,7 @@ def test_a_user_over_quota_holds_up_nobody_else(
 def test_audio_kept_after_a_cancel_counts_until_it_is_forgotten(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", socket_mode="0666", spool_bytes_per_user=MIB)
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", spool_bytes_per_user=MIB)
     with client_as(daemon, ANNA) as anna:
         job = submit(anna, recording(20))
         anna.call("cancel", job=job["id"])

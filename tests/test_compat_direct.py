@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.media_server import MediaServer, serving
-from tests.support import PLAIN_OPTIONS, wait_until, write_noise
+from tests.support import NO_MODEL, PLAIN_OPTIONS, wait_until, write_noise
 from tests.video_daemon import environment
 from whisperctl import DaemonUnreachable, JobFailed, WhisperdError
 from whisperctl.compat import WhisperTranscriber
@@ -41,6 +41,7 @@ def surroundings(server: MediaServer, tmp_path: Path, monkeypatch: pytest.Monkey
         "WHISPERD_CACHE_DIR": str(tmp_path / "cache"),
         "WHISPERD_FETCH_ALLOW_PRIVATE": "true",
         "WHISPERD_FETCH_BACKOFF_S": "0.05",
+        "WHISPERD_MODELS_URL": "",
         # Of a service that the program is: its daemon is another one.
         "NOTIFY_SOCKET": "/nowhere",
         "STATE_DIRECTORY": "/nowhere",
@@ -106,7 +107,7 @@ def test_it_ends_with_its_program(surroundings: Path, end: str) -> None:
 
 
 def test_a_forked_child_neither_ends_nor_starts_it(surroundings: Path) -> None:
-    daemon = PrivateDaemon(["--model", "/nowhere/model.pt"])
+    daemon = PrivateDaemon(["--model", NO_MODEL])
     child = os.fork()
     if not child:
         daemon.ensure()
@@ -128,7 +129,7 @@ def test_a_forked_child_neither_ends_nor_starts_it(surroundings: Path) -> None:
 def test_a_long_temporary_folder_is_no_place_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ("x" * 100)).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
-    daemon = PrivateDaemon(["--model", "/nowhere/model.pt"])
+    daemon = PrivateDaemon(["--model", NO_MODEL])
     assert daemon.socket_path.is_socket()
     daemon.close()
     assert not daemon.socket_path.parent.exists()

@@ -19,6 +19,7 @@ import pytest
 
 from tests.models import micro_checkpoint
 from tests.support import (
+    NO_MODEL,
     PLAIN_OPTIONS,
     Daemon,
     RawClient,
@@ -35,8 +36,6 @@ from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import NewJob, about
 from whisperd.protocol.jobs import Priority
-
-NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +299,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(
 def test_a_stop_takes_ten_seconds_at_most_whatever_stands_still(
     make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = make_daemon(model=NO_MODEL, decoders=1)
+    daemon = make_daemon(model="/nowhere/model.pt", decoders=1)  # a model's process that stands still too
     daemon.start()
     with daemon.client() as client, daemon.client() as deaf:
         wait_until(lambda: len(daemon.children()) == 3)

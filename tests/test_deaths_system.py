@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.deadly.sitecustomize import POISON
-from tests.support import Daemon, RawClient, submit, wait_until
+from tests.support import NO_MODEL, Daemon, RawClient, submit, wait_until
 
 DEADLY = Path(__file__).with_name("deadly")
 MODEL = "whisperd.model.main"
@@ -102,7 +102,7 @@ def test_a_sick_device_fails_nobody(
 def test_a_decoders_death_counts_against_its_own_recording_alone(
     make_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
 ) -> None:
-    daemon = make_daemon(model="/nowhere/model.pt", decoders=1)
+    daemon = make_daemon(model=NO_MODEL, decoders=1)
     daemon.variables = {"PYTHONPATH": str(DEADLY)}
     daemon.start()
     with daemon.client() as client:

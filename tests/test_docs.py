@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon
+from tests.support import NO_MODEL, Daemon
 from whisperd.daemon.config import SETTINGS
 from whisperd.protocol import messages
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -74,7 +74,7 @@ def test_every_option_and_its_default_are_explained() -> None:
 
 
 def test_every_key_of_stats_is_explained(start_daemon: Callable[..., Daemon]) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt")
+    daemon = start_daemon(model=NO_MODEL)
     with daemon.client() as client:
         stats = client.call("stats")
     keys = re.findall(r"`([\w.]+)`", "".join(re.findall(r"^\| (`.*?) \|", section(PROTOCOL, "### Stats keys"), re.M)))

@@ -18,10 +18,8 @@ import psutil
 import pytest
 
 from tests.media_server import serving
-from tests.support import Daemon, RawClient, files_in, requires_program, running_daemon, submit, wait_until
+from tests.support import NO_MODEL, Daemon, RawClient, files_in, requires_program, running_daemon, submit, wait_until
 from tests.tracing import SystemCall, calls, traced, wait_for_end
-
-NO_MODEL = "/nowhere/model.pt"
 
 pytestmark = requires_program("strace")
 

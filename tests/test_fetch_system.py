@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.media_server import MediaServer, serving
-from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, wait_until, write_noise
+from tests.support import NO_MODEL, PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, wait_until, write_noise
 from whisperctl import Client
 
 SETTINGS: dict[str, Any] = {
@@ -206,7 +206,7 @@ def test_a_page_without_media(client: RawClient, shared: Daemon, tmp_path: Path)
 def test_addresses_of_the_house_are_forbidden_unless_allowed(
     start_daemon: Callable[..., Daemon], server: MediaServer
 ) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", **SETTINGS | {"fetch_allow_private": False})
+    daemon = start_daemon(model=NO_MODEL, **SETTINGS | {"fetch_allow_private": False})
     with daemon.client() as client:
         job = ended(client, fetch(client, server.url("talk.wav")))
         assert (job["state"], job["error"]["code"]) == ("failed", "forbidden")
@@ -244,7 +244,7 @@ def test_too_many_requests_rest_the_lane_and_say_until_when(
 
 
 def test_a_full_queue_refuses_downloads_too(start_daemon: Callable[..., Daemon], server: MediaServer) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", capacity=4, **SETTINGS)
+    daemon = start_daemon(model=NO_MODEL, capacity=4, **SETTINGS)
     with daemon.client() as client:
         numbers = [
             client.send("submit", source={"kind": "url", "url": server.url(f"slow/{n}.wav")}, options=PLAIN_OPTIONS)

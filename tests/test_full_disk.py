@@ -13,11 +13,21 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon, RawClient, error_of, files_in, fill, requires_root, small_disk, submit, wait_until
+from tests.support import (
+    NO_MODEL,
+    Daemon,
+    RawClient,
+    error_of,
+    files_in,
+    fill,
+    requires_root,
+    small_disk,
+    submit,
+    wait_until,
+)
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 
-NO_MODEL = "/nowhere/model.pt"
 TINY: dict[str, Any] = {
     "min_free_bytes": 0,
     "ballast_bytes": 4 * 2**20,

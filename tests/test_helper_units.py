@@ -14,7 +14,7 @@ import pytest
 
 from tests.media_server import serving
 from tests.superserver import Superserver, superserver
-from tests.support import requires_root, running_daemon, wait_until, write_noise
+from tests.support import NO_MODEL, requires_root, running_daemon, wait_until, write_noise
 from tests.watched_helper import Watched
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.state.spool import Spool
@@ -131,7 +131,7 @@ def test_each_download_has_a_process_of_its_own(tmp_path: Path) -> None:
     with (
         serving(write_noise(tmp_path / "talk.wav", 2)) as web,
         superserver(path, fetcher) as units,
-        running_daemon(model="/nowhere/model.pt", fetch_socket=str(path), **settings) as daemon,
+        running_daemon(model=NO_MODEL, fetch_socket=str(path), **settings) as daemon,
         daemon.client() as client,
     ):
         assert client.call("stats", inspect=True)["lanes"]["fetch"]["yt_dlp"]

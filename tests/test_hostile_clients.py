@@ -12,7 +12,7 @@ import msgpack
 import psutil
 import pytest
 
-from tests.support import Daemon, error_of, requires_root, submit, wait_until
+from tests.support import NO_MODEL, Daemon, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
 from whisperd.daemon.loop import Loop
@@ -26,7 +26,6 @@ from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.watchers import Watchers
 
-NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
 MIB = 2**20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Daemon, submit, wait_until
+from tests.support import NO_MODEL, Daemon, submit, wait_until
 from whisperd.daemon.state.housekeeping import ClockGuard
 
 HOUR_S = 3600.0
@@ -92,7 +92,7 @@ def test_a_start_after_a_long_absence_waits_a_day(clocks: Clocks) -> None:
 def test_a_daemon_that_starts_years_later_keeps_what_would_be_too_old(
     make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = make_daemon(model="/nowhere/model.pt", retention_days=0)
+    daemon = make_daemon(model=NO_MODEL, retention_days=0)
     daemon.start()
     with daemon.client() as client:
         job = submit(client, recording())

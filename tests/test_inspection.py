@@ -6,22 +6,21 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.support import Daemon, wait_until
+from tests.support import NO_MODEL, Daemon, wait_until
 
 
 def test_hello_tells_who_one_is(start_daemon: Callable[..., Daemon]) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt")
+    daemon = start_daemon(model=NO_MODEL)
     with daemon.client() as client:
         hello = client.call("hello")
     assert (hello["uid"], hello["admin"]) == (os.geteuid(), True)
 
 
-def test_stats_tell_the_software_of_every_helper(start_daemon: Callable[..., Daemon], micro: Path) -> None:
-    daemon = start_daemon(model=str(micro), ready=True)
+def test_stats_tell_the_software_of_every_helper(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL)
     with daemon.client() as client:
         assert not daemon.helpers("whisperd.fetch.fetcher"), "without need there is no fetcher"
         stats = client.call("stats", inspect=True)
@@ -47,7 +46,7 @@ def test_the_model_tells_what_it_runs_on_also_when_it_cannot_be_loaded(start_dae
 def test_a_helper_that_does_not_start_holds_up_no_answer(
     make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon = make_daemon(model="/nowhere/model.pt")
+    daemon = make_daemon(model=NO_MODEL)
     broken = daemon.folder / "broken"
     broken.mkdir()
     (broken / "yt_dlp.py").write_text("raise ImportError('an upgrade went wrong')\n")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import (
+    NO_MODEL,
     PLAIN_OPTIONS,
     Daemon,
     RawClient,
@@ -239,7 +240,7 @@ def test_interactive_work_goes_before_background_work(
 def test_a_full_queue_keeps_places_for_interactive_jobs(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", capacity=4)
+    daemon = start_daemon(model=NO_MODEL, capacity=4)
     with daemon.client() as client:
         for _ in range(3):
             submit(client, recording(1))
@@ -343,7 +344,7 @@ def test_a_second_daemon_on_the_same_state_or_socket_is_refused(
 
 
 def test_a_stale_socket_is_replaced(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon(model="/nowhere/model.pt")
+    daemon = make_daemon(model=NO_MODEL)
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(daemon.socket))
     daemon.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support import Daemon, error_of, requires_root, submit
+from tests.support import NO_MODEL, Daemon, error_of, requires_root, submit
 from tests.test_admission import client_as
 
 
@@ -13,7 +13,7 @@ from tests.test_admission import client_as
 def test_the_jobs_of_one_user_that_are_kept_are_bounded(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model="/nowhere/model.pt", socket_mode="0666", jobs_per_user=3)
+    daemon = start_daemon(model=NO_MODEL, socket_mode="0666", jobs_per_user=3)
     path = recording()
     with client_as(daemon, 20_001) as client, client_as(daemon, 20_002) as other, daemon.client() as admin:
         jobs = [submit(client, path, key=f"key {number}") for number in range(3)]

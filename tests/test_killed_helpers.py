@@ -16,6 +16,7 @@ import pytest
 
 from tests.media_server import serving
 from tests.support import (
+    NO_MODEL,
     PLAIN_OPTIONS,
     Daemon,
     RawClient,
@@ -31,7 +32,6 @@ from tests.test_resume_system import MODEL, Follower, check_whole, words_of
 from tests.test_upload import begin, pieces, taken, upload
 from tests.tracing import killed_at, traced, traced_new_threads, wait_for_end
 
-NO_MODEL = "/nowhere/model.pt"
 RECEIVER = "whisperd.audio.receiver"
 FETCHER = "whisperd.fetch.fetcher"
 

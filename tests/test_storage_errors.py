@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import Daemon, error_of, requires_program, requires_root, submit, wait_until
+from tests.support import NO_MODEL, Daemon, error_of, requires_program, requires_root, submit, wait_until
 from tests.tracing import traced, wait_for_end
 from whisperd.protocol.errors import WhisperdError
-
-NO_MODEL = "/nowhere/model.pt"
 
 
 def ended(daemon: Daemon) -> int:

@@ -13,13 +13,22 @@ from typing import Any
 import pytest
 
 from tests.helper_process import HelperProcess
-from tests.support import PLAIN_OPTIONS, Daemon, RawClient, error_of, requires_root, running_daemon, submit, wait_until
+from tests.support import (
+    NO_MODEL,
+    PLAIN_OPTIONS,
+    Daemon,
+    RawClient,
+    error_of,
+    requires_root,
+    running_daemon,
+    submit,
+    wait_until,
+)
 from tests.test_admission import client_as
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.helper_messages import Cancel, Copied, Failed, Progress, UploadBegin, UploadData
 from whisperd.protocol.messages import MAX_CHUNK_BYTES, MAX_UNANSWERED_CHUNKS
 
-NO_MODEL = "/nowhere/model.pt"  # jobs are accepted, decoded, and wait
 KIB = 1024
 
 
