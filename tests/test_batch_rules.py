@@ -18,6 +18,7 @@ from whisper.model import Whisper
 
 from tests import models
 from whisperd.model.batch import replays
+from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.pasts import Pasts, Times
@@ -128,8 +129,8 @@ def test_where_nobody_speaks_after_all_a_text_may_end_behind_its_first_timestamp
     words = [token for token in range(tokenizer.timestamp_begin) if token != tokenizer.eot]
     task, live = task_of(babbler, suppress_tokens=words, sample_len=9), live_rows(babbler)
     features = torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
-    ended = live.begin(0, task, search_of(task, 0), features, speech_until=1200)
-    ((_, outcome),) = [*ended, *all_of(live)]
+    live.begin(0, task, search_of(task, 0), features, speech_until=1200)
+    ((_, outcome),) = all_of(live)
     (((time, end), _),) = outcome.candidates
     assert time >= tokenizer.timestamp_begin
     assert end == tokenizer.eot
@@ -242,7 +243,7 @@ def test_searches_side_by_side_find_what_upstreams_decoders_find_alone(
     while waiting or live.count:
         while waiting and len(live.owners) < 5:
             owner = waiting.pop()
-            found |= dict(live.begin(owner, tasks[owner], search_of(tasks[owner], 0), features[owner, 0]))
+            live.begin(owner, tasks[owner], search_of(tasks[owner], 0), features[owner, 0])
         together.add(live.count)
         found |= dict(live.step()) if live.count else {}
     assert max(together) > 8
@@ -269,8 +270,8 @@ def test_windows_given_up_before_their_tokens_were_read_leave_no_trace(babbler: 
     alone = {}
     for owner, task in enumerate(tasks):
         live = live_rows(babbler)
-        ended = live.begin(owner, task, search_of(task, owner), features[owner])
-        alone |= dict([*ended, *all_of(live)])
+        live.begin(owner, task, search_of(task, owner), features[owner])
+        alone |= dict(all_of(live))
     assert len({outcome.candidates[0][0] for outcome in alone.values()}) > len(tasks) / 2
     chance, given_up = random.Random(11), 0
     for _ in range(12):
@@ -278,7 +279,7 @@ def test_windows_given_up_before_their_tokens_were_read_leave_no_trace(babbler: 
         while waiting or live.count:
             if waiting and chance.random() < 0.5:
                 owner = waiting.pop(chance.randrange(len(waiting)))
-                found |= dict(live.begin(owner, tasks[owner], search_of(tasks[owner], owner), features[owner]))
+                live.begin(owner, tasks[owner], search_of(tasks[owner], owner), features[owner])
             if live.count:
                 found |= dict(live.step())
             if live.owners and chance.random() < 0.1:
@@ -293,12 +294,60 @@ def test_windows_given_up_before_their_tokens_were_read_leave_no_trace(babbler: 
 
 
 @torch.inference_mode()
+def test_wherever_memory_runs_out_what_was_given_up_can_begin_anew(
+    babbler: Whisper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs out at each place in turn where caches grow and beams are copied."""
+    left = 0
+
+    def fail_in_time(kind: type, name: str) -> None:
+        works = getattr(kind, name)
+
+        def work(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if name != "copy" or len(args[1]) > 1:  # one slot is copied without taking memory
+                left -= 1
+                if not left:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return works(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, work)
+
+    tasks = [task_of(babbler, sample_len=12, beam_size=size) for size in (2, 3, 4)]
+    features = torch.randn(len(tasks), models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    wanted = [DecodingTask(babbler, task.options).run(each[None])[0].tokens
+              for task, each in zip(tasks, features, strict=True)]  # fmt: skip
+    for kind, name in ((Cache, "_zeros"), (Cache, "copy"), (Pasts, "resize")):
+        fail_in_time(kind, name)
+    failed, found = 0, dict[int, Outcome]()
+    while left <= 0:  # no longer once it was not reached
+        live = live_rows(babbler, slots=2)
+        failed += 1
+        left, waiting, found = failed, [*range(len(tasks))], {}
+        while waiting or live.count:
+            concerned = [waiting[0]] if waiting else live.owners
+            try:
+                if waiting:
+                    live.begin(waiting[0], tasks[waiting[0]], search_of(tasks[waiting[0]], 0), features[waiting[0]])
+                    waiting.pop(0)
+                else:
+                    found |= dict(live.step())
+            except torch.cuda.OutOfMemoryError:
+                for owner in concerned:
+                    live.drop(owner)
+                waiting = [*dict.fromkeys([*concerned, *waiting])]
+        assert [result_of(task, found[owner]).tokens for owner, task in enumerate(tasks)] == wanted, failed
+    assert failed > 12
+
+
+@torch.inference_mode()
 def test_what_is_drawn_is_drawn_as_often_as_it_is_likely(babbler: Whisper) -> None:
     task = task_of(babbler, temperature=0.7, best_of=20, sample_len=1)
     live, features = live_rows(babbler), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
     drawn = Counter[int]()
     for seed in range(100):
-        ((_, outcome),) = live.begin(seed, task, search_of(task, seed), features)
+        live.begin(seed, task, search_of(task, seed), features)
+        ((_, outcome),) = live.step()
         drawn.update(token for (token,), _ in outcome.candidates)
     prompt = torch.tensor([task.initial_tokens])
     logits = babbler.logits(prompt, features[None])[:, -1]
@@ -310,9 +359,11 @@ def test_what_is_drawn_is_drawn_as_often_as_it_is_likely(babbler: Whisper) -> No
     for token, times in likely.items():
         assert abs(drawn[token] - times) < 5 * times**0.5, token
     assert all(expected[token] > 0 for token in drawn)
-    again = live.begin(0, task, search_of(task, 7), features)
-    assert again == live.begin(0, task, search_of(task, 7), features)
-    assert again != live.begin(0, task, search_of(task, 8), features)
+    found = []
+    for seed in (7, 7, 8):
+        live.begin(0, task, search_of(task, seed), features)
+        found += live.step()
+    assert found[0] == found[1] != found[2]
 
 
 @torch.inference_mode()

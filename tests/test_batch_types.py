@@ -134,9 +134,8 @@ def test_nothing_is_read_before_the_next_step_is_launched(parts: Parts, options:
     lengths = {"long": 12, "later": 6, "bound": 9}
     tasks = {name: task_of(Whisper(DIMS), sample_len=length, **options) for name, length in lengths.items()}
     for name, task in tasks.items():
-        found |= dict(
-            live.begin(name, task, search_of(task, 1), parts.features(), speech_until=500 * (name == "bound"))
-        )
+        until = 500 if name == "bound" else 0
+        live.begin(name, task, search_of(task, 1), parts.features(), speech_until=until)
         found |= dict(live.step())
     while live.count:
         found |= dict(live.step())

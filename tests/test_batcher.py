@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from bench.words import word_error_rate
 from tests import models
 from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program, wait_until
+from whisperd.model.batch import batcher
 from whisperd.model.batch.batcher import Batcher, Limits, Request
+from whisperd.model.batch.caches import Cache
+from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window
@@ -120,6 +125,9 @@ def test_bfloat16_hears_the_same_words(spool: Path) -> None:
 # --- who comes first: the micro model, window by window ---
 
 
+OPTIONS = DecodingOptions(language="en", fp16=False)
+
+
 class Windows:
     """An engine that is held until it is let go, and looked at between any two pieces of its work."""
 
@@ -146,16 +154,16 @@ class Windows:
                     self.begun.append(name)
             self.look()
 
-    def ask(self, name: str, *, interactive: bool = False, seed: int = 0) -> Turn:
+    def ask(self, name: str, *, interactive: bool = False, seed: int = 0, **options: Any) -> Turn:
         """Have a window decoded by a thread of its own, and return its turn."""
         turn = Turn(interactive=interactive)
         self._names[id(turn)] = name
-        options = DecodingOptions(language="en", fp16=False)
+        wanted = replace(OPTIONS, **options)
         waiting = len(self.batcher._waiting)
 
         def work() -> None:
             try:
-                self.outcomes[name] = self.engine.decode(turn, KeptWindows(), noise(seed), options, seed=0).tokens
+                self.outcomes[name] = self.engine.decode(turn, KeptWindows(), noise(seed), wanted, seed=0).tokens
             except BaseException as error:
                 self.outcomes[name] = error
 
@@ -233,8 +241,6 @@ def test_a_cancelled_window_ends_at_the_next_step_and_the_others_go_on(tmp_path:
 
 # --- want of memory ---
 
-OPTIONS = DecodingOptions(language="en", fp16=False)
-
 
 class ShortOfMemory(LiveRows[Request]):
     """Has no room for steps of more than `most` windows."""
@@ -267,6 +273,53 @@ def test_want_of_memory_halves_the_batch_and_fails_only_what_does_not_fit_alone(
         assert {type(outcome) for outcome in windows.outcomes.values()} == {torch.cuda.OutOfMemoryError}
         assert batcher._limits.windows == 1
     assert not batcher._live.count
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_wherever_memory_runs_out_each_window_is_found_once_and_right(tmp_path: Path, late: bool) -> None:
+    """Whatever takes memory fails now and then, unless a window is alone: greedy, drawn and beams.
+
+    In the middle of growing caches too, and of giving memory back.
+    """
+    chance, failures = random.Random(late), Counter[str]()
+
+    def sometimes(name: str, likely: float, works: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any, **kwargs: Any) -> Any:
+            if name == "copy" and len(args[1]) < 2:  # that takes no memory
+                return works(*args, **kwargs)
+            if len(windows.batcher._live.owners) > 1 and chance.random() < likely:
+                failures[name] += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return works(*args, **kwargs)
+
+        return work
+
+    windows = Windows(tmp_path, windows=4)
+    kinds: list[dict[str, Any]] = [{}, {"beam_size": 3}, {"temperature": 0.4, "best_of": 3}, {"sample_len": 4}]
+    asked = {f"window {n}": (n, {"sample_len": 25} | kinds[n % len(kinds)]) for n in range(32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernels, "reads_late", late)
+        patch.setattr(Kernels, "encodes_beside_steps", late)
+        patch.setattr(batcher, "_WELL_WINDOWS", 1)  # so that there are many at once again soon
+        taking: list[tuple[type, str, float]]
+        taking = [
+            (Cache, "_zeros", 0.1),
+            (Cache, "copy", 0.2),
+            (Decoder, "step", 0.03),
+            (Kernels, "send", 0.01),
+        ]
+        for kind, name, likely in taking:
+            patch.setattr(kind, name, sometimes(name, likely, getattr(kind, name)))
+        for name, (seed, options) in asked.items():
+            windows.ask(name, seed=seed, **options)
+        windows.go.set()
+        windows.join()
+    assert windows.outcomes.keys() == asked.keys(), "nobody waits for ever"
+    assert all(failures[name] for _, name, _ in taking), failures
+    for name, (seed, options) in asked.items():
+        alone = windows.engine.decode(Turn(), KeptWindows(), noise(seed), replace(OPTIONS, **options), seed=0)
+        assert windows.outcomes[name] == alone.tokens, options
+    assert not windows.batcher._live.count
 
 
 def test_what_was_halved_grows_back_when_all_is_well_and_never_beyond_the_first() -> None:

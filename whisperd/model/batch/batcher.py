@@ -15,7 +15,7 @@ from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
-from whisperd.model.batch.rows import Ended, LiveRows
+from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.search import Search
 from whisperd.model.batch.windows import Window
 from whisperd.model.memory import is_out_of_memory
@@ -217,22 +217,14 @@ class Batcher:
             return
         assert request.task is not None
         assert request.search is not None
-        ended = self._live.begin(
-            request, request.task, request.search(), window.features, speech_until=request.speech_until
-        )
-        self.counters.tokens += request.rows
-        self._end(ended)
+        self._live.begin(request, request.task, request.search(), window.features, speech_until=request.speech_until)
 
     def _step(self) -> None:
-        counters = self.counters
-        counters.steps += 1
-        counters.window_steps += len(self._live.owners)
-        counters.tokens += self._live.count
-        self._end(self._live.step())
-
-    def _end(self, ended: Ended[Request]) -> None:
+        counters, live = self.counters, self._live
+        ended = live.step()
+        counters.steps, counters.window_steps, counters.tokens = live.steps, live.window_steps, live.tokens
         for request, outcome in ended:
-            self.counters.windows += 1
+            counters.windows += 1
             self._limits.window_ended()
             request.settle(outcome)
 
@@ -270,7 +262,11 @@ class Batcher:
             for request in self._live.owners:
                 self._wait_again(request)
         self._limits.halve()
-        self._live.shrink(windows=self._limits.windows + 1, rows=self._limits.rows)
+        try:
+            self._live.shrink(windows=self._limits.windows + 1, rows=self._limits.rows)
+        except RuntimeError as error:  # a smaller cache is made before the larger one goes
+            if not is_out_of_memory(error):
+                raise
         if self._kernels.device.type == "cuda":
             with suppress(RuntimeError):  # after a recording that failed torch may take it for unfinished
                 torch.cuda.empty_cache()
@@ -284,8 +280,8 @@ class Batcher:
                 self._waiting.insert(0, request)
 
     def _give_up(self, request: Request, error: BaseException) -> None:
-        self._live.drop(request)
         with self._changed:
             if request in self._waiting:
                 self._waiting.remove(request)
-        request.settle(error=error)
+        request.settle(error=error)  # first of all: a device that is lost cannot even drop it
+        self._live.drop(request)

@@ -39,7 +39,8 @@ class Cache:
 
     @property
     def slots(self) -> int:
-        return len(self.keys[0])
+        # Of all layers: memory may have run out in the middle of a resize.
+        return min(len(tensor) for tensor in (*self.keys, *self.values))
 
     def resize(self, slots: int, *, used: int) -> None:
         """Make it so many slots, a layer at a time; the first `used` keep what they hold."""
@@ -71,6 +72,12 @@ class Cache:
         for tensor in (*self.keys, *self.values):
             part = tensor[:, :, :length]
             part.index_copy_(0, targets, part.index_select(0, sources))
+
+    def spread(self, source: int, targets: slice, length: int) -> None:
+        """Copy the first positions of a slot to neighbouring ones."""
+        if targets.start < targets.stop:
+            for tensor in (*self.keys, *self.values):
+                tensor[targets, :, :length] = tensor[source, :, :length]
 
     def _zeros(self, slots: int) -> Tensor:
         if self._device.type == "cpu" and self._dtype is torch.float32:

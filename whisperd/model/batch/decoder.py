@@ -183,7 +183,7 @@ class Decoder:
         for layer, block in enumerate(self._blocks):
             attended = attend(layer, block.qkv(block.norm(x)))
             if read_at is not None and layer == len(self._blocks) - 1:  # from here on nothing is kept of the others
-                at = torch.tensor(read_at, device=x.device)
+                at = self._kernels.send(read_at)
                 x, attended = x[at], attended[at]
             x = x + block.out(attended)
             x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
@@ -191,8 +191,7 @@ class Decoder:
         return self._norm(x)
 
     def _embed_from_start(self, tokens: Sequence[int]) -> Tensor:
-        each = torch.tensor([*tokens], device=self._kernels.device)
-        return self._embed(each, torch.arange(len(tokens), device=self._kernels.device))
+        return self._embed(self._kernels.send(tokens), torch.arange(len(tokens), device=self._kernels.device))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return (self._embeddings[tokens] + self._positions[positions]).to(self._kernels.stream)

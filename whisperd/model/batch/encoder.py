@@ -51,7 +51,7 @@ class Encoder:
 
         Every step of it wants `torch.inference_mode`.
         """
-        x = mel.to(self._kernels.device, self._kernels.compute)[None]
+        x = self._kernels.send(mel, self._kernels.compute)[None]
         x = F.gelu(self._conv2(F.gelu(self._conv1(x))))[0].T
         # Laid out anew, once: sums keep the layout of what they add to, and every layer would have to copy.
         x = (x.contiguous() + self._positions).to(self._kernels.stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -92,14 +93,21 @@ class Kernels:
         return graph.replay
 
     def forget_recordings(self) -> None:
-        """Have the next recordings take memory of their own: the pool of those that are gone may not be used again."""
+        """Have the next recordings take memory of their own: the pool of those that go may not be used again.
+
+        Waits until none is being replayed, so that they can go.
+        """
+        if self._recorder is not None:
+            with suppress(RuntimeError):  # the next launch says so
+                self._recorder[0].synchronize()
+                torch.cuda.current_stream(self.device).synchronize()
         self._recorder = None
 
-    def send(self, numbers: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+    def send(self, numbers: Sequence[Any] | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the host's numbers as a tensor on the device, without waiting for it."""
         if self.device.type != "cuda":
-            return torch.tensor(numbers, dtype=dtype, device=self.device)
-        return torch.tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+            return torch.as_tensor(numbers, dtype=dtype, device=self.device)
+        return torch.as_tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
 
     def receive(self, numbers: Tensor) -> Callable[[], Any]:
         """Return what gives a tensor's numbers to the host, and waits for nothing that is launched from now on."""

@@ -36,6 +36,10 @@ class Pasts:
         # The last token, whether it was the second timestamp of a pair, and the latest timestamp.
         self._numbers = torch.zeros(3, slots, dtype=torch.int64, device=device)
 
+    @property
+    def slots(self) -> int:
+        return self._numbers.shape[1]
+
     def resize(self, slots: int, *, used: int) -> None:
         """Have so many slots; the first `used` keep what they hold."""
         old = self._numbers

@@ -49,9 +49,9 @@ class Replays:
 
     def forget(self) -> None:
         """Give back what recordings hold, and make new ones."""
+        self._kernels.forget_recordings()
         self._seen.clear()
         self._kept.clear()
-        self._kernels.forget_recordings()
         self._tensors, self._records = None, True
 
     def step(

@@ -43,7 +43,7 @@ class _Group(Generic[Owner]):
 
     @property
     def may_go_on(self) -> bool:
-        """True when there is room for a token more, whatever the last one turns out to be."""
+        """True when there is room for a token more, whatever the last one turns out to have been."""
         return self._has_room(self.chosen)
 
     @property
@@ -78,7 +78,7 @@ class LiveRows(Generic[Owner]):
 
     Where the device need not wait for the host (`Kernels.reads_late`), a step begins with tokens that only the device
     knows, and what the step before chose is read then. So a window's end is seen one step late; its rows have stepped
-    once more by then, which nobody looks at. Beams are read at once.
+    once more by then, which nobody looks at. While beams are live, all is read at once.
     """
 
     def __init__(self, decoder: Decoder, kernels: Kernels, *, windows: int, rows: int) -> None:
@@ -93,6 +93,8 @@ class LiveRows(Generic[Owner]):
         self._routing: Routing | None = None
         self._routing_is_stale = False
         self._known_rules: dict[Hashable, Rules] = {}
+        # So far: steps, in them windows, and tokens that rows have said.
+        self.steps = self.window_steps = self.tokens = 0
 
     @property
     def owners(self) -> list[Owner]:
@@ -104,16 +106,23 @@ class LiveRows(Generic[Owner]):
         """How many rows step together."""
         return len(self._rows)
 
+    @property
+    def _need_not_know(self) -> bool:
+        """True where a step may begin before it is known here what was chosen last."""
+        late = self._kernels.reads_late and all(each.choice.tokens is not None for each in self._unread)
+        return late and all(group.may_go_on for group in self._groups)
+
     def shrink(self, *, windows: int, rows: int) -> None:
         """Give back the memory of slots beyond these, and beyond those in use."""
         if self._replays is not None:
             self._replays.forget()
-        self._resize(windows=max(windows, len(self._groups)), rows=max(rows, self.count))
+        self._resize_windows(max(windows, len(self._groups)))
+        self._resize_rows(max(rows, self.count))
 
     def begin(
         self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
-    ) -> Ended[Owner]:
-        """Take in a window: its prompt, then its first token. Return what has ended, as `step` does.
+    ) -> None:
+        """Take in a window: its prompt, then its first token, which the next step learns of.
 
         Where it is known that somebody speaks until `speech_until`, counted in timestamps (20 ms), the text ends there:
         not behind an earlier segment, and no segment begins behind a later one.
@@ -125,7 +134,7 @@ class LiveRows(Generic[Owner]):
         prompt = task.initial_tokens
         read_at = (task.sot_index, len(prompt) - 1)
         logits = self._decoder.begin(prompt, read_at, features, self._row_cache, first, self._window_cache, window)
-        self._row_cache.copy([(first, slot) for slot in range(first + 1, slots.stop)], len(prompt))
+        self._row_cache.spread(first, slice(first + 1, slots.stop), len(prompt))
         self._pasts.begin(slots, rules.time_begin)
         rows = [Row(slot=first + n, number=n) for n in range(search.size)]
         group = _Group(
@@ -141,12 +150,17 @@ class LiveRows(Generic[Owner]):
         self._rows += [(row, group) for row in rows]
         self._routing_is_stale = True
         self._choose(logits[1:].repeat(search.size, 1), slots)
-        return self._read()
 
     def step(self) -> Ended[Owner]:
-        """Let each row say one token more; return the windows that have ended, with what was found."""
-        if not all(group.may_go_on for group in self._groups) and (ended := self._read_all()):
+        """Let each row say one token more; return the windows that have ended, with what was found.
+
+        An error concerns all windows that were live before, those that had just ended too.
+        """
+        ended = [] if self._need_not_know else self._read()
+        if not self._rows:
             return ended
+        self.steps += 1
+        self.window_steps += len(self._groups)
         tokens = self._pasts.tokens(self.count)
         positions = [group.position for _, group in self._rows]
         if self._routing_is_stale:
@@ -154,7 +168,7 @@ class LiveRows(Generic[Owner]):
         step = self._decoder.step if self._replays is None else self._replays.step
         logits = step(tokens, positions, self._row_cache, self._window_cache, self._routing)
         self._choose(logits, slice(0, self.count))
-        return self._read()
+        return ended + self._read(but=1 if self._need_not_know else 0)
 
     def drop(self, owner: Owner) -> None:
         """Give up an owner's window, if it is live."""
@@ -191,12 +205,8 @@ class LiveRows(Generic[Owner]):
 
     # -- on the host -----------------------------------------------------------------------------------------------
 
-    def _read(self) -> Ended[Owner]:
-        """Learn what was chosen, but for what the next step need not wait for."""
-        late = self._kernels.reads_late and self._unread[-1].choice.tokens is not None
-        return self._read_all(but=1 if late else 0)
-
-    def _read_all(self, *, but: int = 0) -> Ended[Owner]:
+    def _read(self, *, but: int = 0) -> Ended[Owner]:
+        """Learn what was chosen, all but the newest so many choices."""
         ended: Ended[Owner] = []
         while len(self._unread) > but:
             ended += self._learn(self._unread.popleft())
@@ -211,6 +221,7 @@ class LiveRows(Generic[Owner]):
         copies, ended_slots, length = list[tuple[int, int]](), list[int](), 0
         for group in groups:
             was = group.rows
+            self.tokens += len(was)
             group.rows, new_copies = group.search.advance(was, [offers[id(row)] for row in was])
             if new_copies:
                 copies += new_copies
@@ -242,7 +253,8 @@ class LiveRows(Generic[Owner]):
         return Outcome(candidates=group.search.candidates(group.rows), no_speech=group.no_speech())
 
     def _remove(self, group: _Group[Owner]) -> None:
-        self._close([row.slot for row in group.rows])
+        # Not only the rows that go on: where learning was cut short, others stand there too.
+        self._close([slot for slot, (_, owner) in enumerate(self._rows) if owner is group])
         slot, last = self._groups.index(group), len(self._groups) - 1
         if slot != last:
             self._window_cache.copy([(last, slot)])
@@ -261,18 +273,18 @@ class LiveRows(Generic[Owner]):
         self._routing_is_stale = True
 
     def _grow(self, windows: int, rows: int) -> None:
-        has_windows, has_rows = self._window_cache.slots, self._row_cache.slots
-        self._resize(
-            windows=has_windows if windows <= has_windows else max(windows, has_windows * 3 // 2),
-            rows=has_rows if rows <= has_rows else max(rows, has_rows * 3 // 2),
-        )
+        if windows > self._window_cache.slots:
+            self._resize_windows(max(windows, self._window_cache.slots * 3 // 2))
+        row_slots = min(self._row_cache.slots, self._pasts.slots)
+        if rows > row_slots:
+            self._resize_rows(max(rows, row_slots * 3 // 2))
 
-    def _resize(self, *, windows: int, rows: int) -> None:
-        if windows != self._window_cache.slots:
-            self._window_cache.resize(windows, used=len(self._groups))
-        if rows != self._row_cache.slots:
-            self._row_cache.resize(rows, used=self.count)
-            self._pasts.resize(rows, used=self.count)
+    def _resize_windows(self, slots: int) -> None:
+        self._window_cache.resize(slots, used=len(self._groups))
+
+    def _resize_rows(self, slots: int) -> None:
+        self._row_cache.resize(slots, used=self.count)
+        self._pasts.resize(slots, used=self.count)
 
     def _route(self) -> Routing | None:
         if all(group.rows[0].slot == slot and len(group.rows) == 1 for slot, group in enumerate(self._groups)):
