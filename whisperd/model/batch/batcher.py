@@ -149,8 +149,8 @@ class Batcher:
                 try:
                     self._tick()
                 except BaseException as error:  # none may be left waiting for ever
-                    for request in {*self._waiting, *self._live.owners}:
-                        self._give_up(request, error)
+                    with suppress(RuntimeError):  # who waited was told first
+                        self._give_up([*self._waiting, *self._live.owners], error)
                 self.counters.busy_s += time.monotonic() - began
 
     def _tick(self) -> None:
@@ -158,8 +158,8 @@ class Batcher:
         self._drop_cancelled()
         request = self._next()
         if request is not None:
-            self._guarded([request], lambda: self._further(request))
-            if not self._kernels.encodes_beside_steps and not self._interactive_is_live():
+            well = self._guarded([request], lambda: self._further(request))
+            if well and not self._kernels.encodes_beside_steps and not self._interactive_is_live():
                 return  # a CPU steps faster the more rows there are: first take in all that may come in
         if self._live.count:
             self._guarded(self._live.owners, self._step)
@@ -233,28 +233,28 @@ class Batcher:
     def _drop_cancelled(self) -> None:
         with self._changed:
             cancelled = [request for request in self._waiting if request.turn.cancelled]
-            for request in cancelled:
-                self._waiting.remove(request)
-        for request in self._live.owners:
-            if request.turn.cancelled:
-                self._live.drop(request)
-                cancelled.append(request)
-        for request in cancelled:
-            request.settle(error=WhisperdError(ErrorCode.CANCELLED, "cancelled"))
+        cancelled += [request for request in self._live.owners if request.turn.cancelled]
+        if cancelled:
+            self._give_up(cancelled, WhisperdError(ErrorCode.CANCELLED, "cancelled"))
 
-    def _guarded(self, concerned: list[Request], work: Callable[[], None]) -> None:
-        """Do a piece of work; an error ends the requests that it concerns, want of memory is tried again smaller."""
+    def _guarded(self, concerned: list[Request], work: Callable[[], None]) -> bool:
+        """Do a piece of work; an error ends the requests that it concerns, want of memory is tried again smaller.
+
+        Returns whether it went well.
+        """
         try:
             work()
         except BaseException as error:  # it is raised again where the requests came from
             alone = len({*self._live.owners, *concerned}) == 1
-            for request in concerned:
-                if is_out_of_memory(error) and not alone:
+            if is_out_of_memory(error) and not alone:
+                for request in concerned:
                     self._wait_again(request)
-                else:
-                    self._give_up(request, error)
+            else:
+                self._give_up(concerned, error)
             if is_out_of_memory(error):
                 self._take_less(for_interactive=any(request.turn.interactive for request in concerned))
+            return False
+        return True
 
     def _take_less(self, *, for_interactive: bool) -> None:
         """Work on half as many windows at once from now on, and give memory back."""
@@ -264,7 +264,7 @@ class Batcher:
         self._limits.halve()
         try:
             self._live.shrink(windows=self._limits.windows + 1, rows=self._limits.rows)
-        except RuntimeError as error:  # a smaller cache is made before the larger one goes
+        except (RuntimeError, MemoryError) as error:  # a smaller cache is made before the larger one goes
             if not is_out_of_memory(error):
                 raise
         if self._kernels.device.type == "cuda":
@@ -279,9 +279,10 @@ class Batcher:
             if request not in self._waiting:
                 self._waiting.insert(0, request)
 
-    def _give_up(self, request: Request, error: BaseException) -> None:
+    def _give_up(self, requests: list[Request], error: BaseException) -> None:
         with self._changed:
-            if request in self._waiting:
-                self._waiting.remove(request)
-        request.settle(error=error)  # first of all: a device that is lost cannot even drop it
-        self._live.drop(request)
+            self._waiting = [request for request in self._waiting if request not in requests]
+        for request in requests:  # all of them first: a device that is lost cannot even drop one
+            request.settle(error=error)
+        for request in requests:
+            self._live.drop(request)

@@ -47,6 +47,8 @@ class Cache:
         self.generation += 1
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
+                if len(old) == slots:
+                    continue
                 new = self._zeros(slots)
                 new[:used] = old[:used]
                 tensors[layer] = new

@@ -78,7 +78,8 @@ class LiveRows(Generic[Owner]):
 
     Where the device need not wait for the host (`Kernels.reads_late`), a step begins with tokens that only the device
     knows, and what the step before chose is read then. So a window's end is seen one step late; its rows have stepped
-    once more by then, which nobody looks at. While beams are live, all is read at once.
+    once more by then, which nobody looks at. While beams are live, all is read at once. A window's first token is read
+    by the next step in any case.
     """
 
     def __init__(self, decoder: Decoder, kernels: Kernels, *, windows: int, rows: int) -> None:
@@ -116,8 +117,8 @@ class LiveRows(Generic[Owner]):
         """Give back the memory of slots beyond these, and beyond those in use."""
         if self._replays is not None:
             self._replays.forget()
-        self._resize_windows(max(windows, len(self._groups)))
-        self._resize_rows(max(rows, self.count))
+        self._resize_windows(min(self._window_cache.slots, max(windows, len(self._groups))))
+        self._resize_rows(min(self._row_slots, max(rows, self.count)))
 
     def begin(
         self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
@@ -154,10 +155,9 @@ class LiveRows(Generic[Owner]):
     def step(self) -> Ended[Owner]:
         """Let each row say one token more; return the windows that have ended, with what was found.
 
-        An error concerns all windows that were live before, those that had just ended too.
+        Where windows had ended before, it returns them at once. An error concerns all windows that were live before.
         """
-        ended = [] if self._need_not_know else self._read()
-        if not self._rows:
+        if not self._need_not_know and (ended := self._read()):
             return ended
         self.steps += 1
         self.window_steps += len(self._groups)
@@ -168,7 +168,7 @@ class LiveRows(Generic[Owner]):
         step = self._decoder.step if self._replays is None else self._replays.step
         logits = step(tokens, positions, self._row_cache, self._window_cache, self._routing)
         self._choose(logits, slice(0, self.count))
-        return ended + self._read(but=1 if self._need_not_know else 0)
+        return self._read(but=1 if self._need_not_know else 0)
 
     def drop(self, owner: Owner) -> None:
         """Give up an owner's window, if it is live."""
@@ -275,9 +275,12 @@ class LiveRows(Generic[Owner]):
     def _grow(self, windows: int, rows: int) -> None:
         if windows > self._window_cache.slots:
             self._resize_windows(max(windows, self._window_cache.slots * 3 // 2))
-        row_slots = min(self._row_cache.slots, self._pasts.slots)
-        if rows > row_slots:
-            self._resize_rows(max(rows, row_slots * 3 // 2))
+        if rows > self._row_slots:
+            self._resize_rows(max(rows, self._row_slots * 3 // 2))
+
+    @property
+    def _row_slots(self) -> int:
+        return min(self._row_cache.slots, self._pasts.slots)
 
     def _resize_windows(self, slots: int) -> None:
         self._window_cache.resize(slots, used=len(self._groups))
