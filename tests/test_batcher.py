@@ -322,6 +322,30 @@ def test_wherever_memory_runs_out_each_window_is_found_once_and_right(tmp_path: 
     assert not windows.batcher._live.count
 
 
+def test_what_finds_no_memory_beside_live_windows_does_not_hold_them_up(tmp_path: Path) -> None:
+    windows, tried = Windows(tmp_path, windows=3), 0
+
+    def use(features: torch.Tensor) -> str:
+        nonlocal tried
+        tried += 1
+        if windows.batcher._live.count:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return "used"
+
+    for n in range(2):
+        windows.ask(f"window {n}", seed=n)
+    request = Request(Turn(), noise(7), use=use)
+    asking = threading.Thread(target=windows.batcher.call, args=(request,), daemon=True)
+    asking.start()
+    wait_until(lambda: request in windows.batcher._waiting)
+    windows.go.set()
+    windows.join()
+    asking.join(60)
+    assert [type(outcome) for outcome in windows.outcomes.values()] == [list, list]
+    assert (request.outcome, request.error) == ("used", None)
+    assert tried > 1
+
+
 def test_what_was_halved_grows_back_when_all_is_well_and_never_beyond_the_first() -> None:
     limits = Limits(windows=6, rows=9)
 
