@@ -33,7 +33,9 @@ def daemon(start_module_daemon: Callable[..., Daemon], micro: Path) -> Daemon:
 
 @pytest.fixture
 def client(daemon: Daemon) -> Iterator[RawClient]:
+    """A client of a daemon that has nothing left to do of the test before."""
     with daemon.client() as client:
+        wait_until(lambda: not any(lane["active"] + lane["waiting"] for lane in lanes(client).values()))
         yield client
 
 
@@ -74,9 +76,14 @@ def held(daemon: Daemon, module: str) -> Any:
     return helper
 
 
+def lanes(client: RawClient) -> dict[str, dict[str, Any]]:
+    lanes: dict[str, dict[str, Any]] = client.call("stats")["lanes"]
+    return lanes
+
+
 def wait_for_lane(client: RawClient, lane: str, *, active: int, waiting: int) -> None:
     def as_wanted() -> bool:
-        now = client.call("stats")["lanes"][lane]
+        now = lanes(client)[lane]
         return (now["active"], now["waiting"]) == (active, waiting)
 
     wait_until(as_wanted, message=f"{lane}: {active} active, {waiting} waiting")
