@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -325,3 +326,18 @@ def test_cancel_stops_a_decoding(decoder: Decoder, hour: Path) -> None:
     answer = decoder.helper.answer(Decoded, Failed)
     assert answer == Failed(run=order.run, generation=1, code="cancelled", message="cancelled")
     assert [entry.name for entry in decoder.folder.iterdir()] == ["source"]
+
+
+def test_a_limit_that_an_administrator_lowers_meanwhile_stays() -> None:
+    program = """
+import resource
+from whisperd.audio.limits import limit_job
+low = 2**35
+with limit_job(memory_mb=100, cpu_s=10):
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, low))
+assert resource.getrlimit(resource.RLIMIT_AS) == (low, low), resource.getrlimit(resource.RLIMIT_AS)
+with limit_job(memory_mb=100, cpu_s=10):
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] < low
+assert resource.getrlimit(resource.RLIMIT_AS) == (low, low)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -41,8 +41,10 @@ def limit_job(*, memory_mb: float, cpu_s: float) -> Iterator[None]:
         yield
     finally:
         # The answer that memory has run out needs some itself.
-        for what, both in before.items():
-            resource.setrlimit(what, both)
+        for what, (soft, _) in before.items():
+            # An administrator can have lowered the hard limit meanwhile; it cannot be raised again.
+            _, hard = resource.getrlimit(what)
+            resource.setrlimit(what, (hard if soft == resource.RLIM_INFINITY else _below(what, soft)[0], hard))
 
 
 def _below(what: int, value: int) -> tuple[int, int]:
