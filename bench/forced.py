@@ -83,7 +83,7 @@ def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
     for step in range(1, max(len(window.said) for window in windows)):
         at = [min(step, len(window.said)) - 1 for window in windows]
         said = [window.said[n] for window, n in zip(windows, at, strict=True)]
-        tokens = torch.tensor(said, device=row_cache.keys[0].device)
+        tokens = engine._kernels.send(said)
         positions = [len(window.prompt) + n for window, n in zip(windows, at, strict=True)]
         logits = decoder.step(tokens, positions, row_cache, window_cache, None)
         for slot, window in enumerate(windows):

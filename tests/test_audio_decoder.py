@@ -328,6 +328,22 @@ def test_cancel_stops_a_decoding(decoder: Decoder, hour: Path) -> None:
     assert [entry.name for entry in decoder.folder.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_decoder_that_somebody_leaves_no_memory_ends_and_blames_no_recording(
+    tmp_path: Path, make: Callable[[str], Path], hour: Path, begun: bool
+) -> None:
+    with run_decoder(tmp_path / "spool") as decoder:
+        decoder.decoded(make("mono.wav"))
+        if begun:
+            decoder.begin(hour)
+            decoder.helper.answer(Progress)
+        resource.prlimit(decoder.helper.process.pid, resource.RLIMIT_AS, (2**20, 2**20))
+        if not begun:
+            decoder.begin(hour)
+        with pytest.raises(EOFError):
+            decoder.helper.answer(Decoded, Failed)
+
+
 def test_a_limit_that_an_administrator_lowers_meanwhile_stays() -> None:
     program = """
 import resource

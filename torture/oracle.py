@@ -93,10 +93,7 @@ def _judge_job(client: RawClient, job_id: int, book: Book, report: Report) -> No
     job, transcript = answer["job"], answer["transcript"]
     code = (job["error"] or {}).get("code", "")
     report.count(f"ends: {job['state']} {code}".rstrip())
-    # A decoder under a memory limit may live on, and finds that recordings take too much.
-    limited = code == ErrorCode.BAD_AUDIO and report.counts["audio decoder: memory"] > 0
-    allowed = code in _ALLOWED or (limited and "decode_memory_mb" in job["error"]["message"])
-    report.require(job["state"] != "failed" or allowed, f"job {job_id} failed: {job['error']}")
+    report.require(job["state"] != "failed" or code in _ALLOWED, f"job {job_id} failed: {job['error']}")
     numbers = [event["seq"] for event in events]
     report.require(numbers == list(range(1, len(numbers) + 1)), f"job {job_id}: its events have the numbers {numbers}")
     ends = [event["state"] for event in events if event["event"] == "end"]

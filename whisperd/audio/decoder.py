@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import av.logging
 
-from whisperd.audio.limits import limit_job, limit_process
+from whisperd.audio.limits import OverMemoryLimitError, limit_job, limit_process
 from whisperd.audio.pcm import SAMPLE_BYTES, SAMPLE_RATE, Resampler
 from whisperd.audio.recording import Recording, bad_audio
 from whisperd.audio.spoolfile import SpoolFile
@@ -44,7 +44,7 @@ def main() -> None:
                 audio_s, truncated = decode(
                     spool / order.folder, max_audio_s=max_audio_s, max_cpu_s=cpu_s, checkpoint=task.checkpoint
                 )
-        except MemoryError:
+        except OverMemoryLimitError:
             raise bad_audio(
                 f"decoding needs more than {memory_mb:g} MiB of memory (setting decode_memory_mb): "
                 "convert the recording to another format, or raise the setting"

@@ -21,24 +21,36 @@ def limit_process(*, max_file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+class OverMemoryLimitError(Exception):
+    """A job needs more memory than it may have."""
+
+
 @contextmanager
 def limit_job(*, memory_mb: float, cpu_s: float) -> Iterator[None]:
     """Limit what one job may use beyond what the process has already.
 
-    Beyond `memory_mb` MiB more address space, allocations fail (`MemoryError`); the 120 to 300 MiB that libraries,
-    stacks and the allocator's reserves take, hardly any of it touched, do not count. Some 30 s after `cpu_s` more CPU
-    seconds the kernel ends the process (SIGXCPU). The kernel counts both from the start of a process that does many
-    jobs, so the soft limits move with each.
+    Beyond `memory_mb` MiB more address space, allocations fail, and it raises `OverMemoryLimitError`; `MemoryError`
+    where somebody else has limited the process to less than that, so that it is of no more use. The 120 to 300 MiB that
+    libraries, stacks and the allocator's reserves take, hardly any of it touched, do not count. Some 30 s after `cpu_s`
+    more CPU seconds the kernel ends the process (SIGXCPU). The kernel counts both from the start of a process that does
+    many jobs, so the soft limits move with each.
     """
     with open("/proc/self/statm") as statm:
         used_bytes = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     cpu_end_s = math.ceil(time.process_time() + cpu_s) + _BACKSTOP_S
     limits = {resource.RLIMIT_AS: used_bytes + int(memory_mb * _MIB), resource.RLIMIT_CPU: cpu_end_s}
     before = {what: resource.getrlimit(what) for what in limits}
+    memory_bytes, _ = _below(resource.RLIMIT_AS, limits[resource.RLIMIT_AS])
+    if memory_bytes < used_bytes:
+        raise MemoryError
     for what, soft in limits.items():
         resource.setrlimit(what, (_below(what, soft)[0], before[what][1]))
     try:
         yield
+    except MemoryError:
+        if resource.getrlimit(resource.RLIMIT_AS)[0] < memory_bytes:
+            raise
+        raise OverMemoryLimitError from None
     finally:
         # The answer that memory has run out needs some itself.
         for what, (soft, _) in before.items():
