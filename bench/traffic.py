@@ -32,10 +32,10 @@ def measure(runs: Runs, clip: str, others: list[str], rounds: int) -> dict[str, 
     for _ in range(rounds):
         clips_alone = [_clip_s(runs, clip) for _ in range(3)]
         quiet_s = _others_s(runs, others)
-        busy_s, clips = _with_traffic(runs, others, clip)
+        busy_s, clips, shares = _with_traffic(runs, others, clip)
         alone_s += clips_alone
         beside_s += clips
-        share_s = len(clips) * statistics.median(clips_alone)
+        share_s = shares * statistics.median(clips_alone)
         losses.append((busy_s - share_s) / quiet_s - 1)
     return {"alone_s": alone_s, "beside_s": beside_s, "losses": losses}
 
@@ -52,19 +52,29 @@ def _others_s(runs: Runs, others: list[str]) -> float:
     return at_once(runs, others, {}).wall_s
 
 
-def _with_traffic(runs: Runs, others: list[str], clip: str) -> tuple[float, list[float]]:
-    """Return how long the others took, and each clip that ended before they did."""
+def _with_traffic(runs: Runs, others: list[str], clip: str) -> tuple[float, list[float], float]:
+    """Return how long the others took, each clip that ended before they did, and how many clips they bore.
+
+    Of a clip that they did not see the end of, they bore the part that lies before theirs.
+    """
     walls: list[float] = []
     background = threading.Thread(target=lambda: walls.append(_others_s(runs, others)))
+    began = time.perf_counter()
     background.start()
-    clips: list[float] = []
+    clips, shares = list[float](), 0.0
     while len(clips) < CLIPS:
         background.join(PAUSE_S)
         if not background.is_alive():
             break
-        clips.append(_clip_s(runs, clip))
+        clip_began = time.perf_counter() - began
+        clip_s = _clip_s(runs, clip)
+        if not background.is_alive():
+            shares += max(0.0, walls[0] - clip_began) / clip_s
+            break
+        clips.append(clip_s)
+        shares += 1
     background.join()
-    return walls[0], clips
+    return walls[0], clips, shares
 
 
 def main() -> None:
