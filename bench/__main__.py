@@ -24,6 +24,7 @@ from bench import (
     pipeline,
     roundtrips,
     startup,
+    steps,
     submit,
     urgent,
 )
@@ -34,6 +35,8 @@ SUBJECTS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
     "engine": engine.measure,
     "options": engine.measure_options,
     "alone": engine.measure_alone,
+    "busy": engine.measure_busy,
+    "steps": steps.measure,
     "urgent": urgent.measure,
     "loading": loading.measure,
     "leaks": leaks.measure,
@@ -43,6 +46,7 @@ SUBJECTS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
     "latency": latency.measure,
     "submit": submit.measure,
     "long_file": long_file.measure,
+    "whole": long_file.measure_whole,
     "pipeline": pipeline.measure,
     "overhead": overhead.measure,
 }

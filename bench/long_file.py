@@ -1,24 +1,26 @@
-"""A recording of many hours: what the daemon, the decoder and the model's process grow by."""
+"""Recordings of hours: what the daemon, the decoder and the model's process grow by."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from bench.daemon import peak_rss_mb, reset_peak, rss_mb, running_daemon
-from bench.recordings import write_hours
+from bench.daemon import Daemon, RawClient, peak_rss_mb, reset_peak, rss_mb, running_daemon
+from bench.recordings import write_hours, write_talk, write_talks
 from bench.report import Bench, Row
 
-GOAL_DAEMON_MB, GOAL_DECODER_MB = 20, 150
+GOAL_DAEMON_MB, GOAL_DECODER_MB, GOAL_MODEL_MB = 20, 150, 300
 
 
 def measure(bench: Bench) -> Iterator[Row]:
+    """Yield figures of ten hours, up to the first words."""
     hours = bench.pick(10, 1)
     file = write_hours(bench.folder / "hours.mka", hours)
     with running_daemon(bench.folder / "d") as daemon, daemon.client() as client:
-        before_mb = rss_mb(daemon.pid)
         (model,) = daemon.helpers("whisperd.model.main")
-        model_before_mb = rss_mb(model)
+        minute_mb = _peak_mb(daemon, client, write_talk(bench.folder / "minute.wav", 60))
+        before_mb = rss_mb(daemon.pid)
         for pid in (daemon.pid, model):
             reset_peak(pid)
         started = time.monotonic()
@@ -54,7 +56,9 @@ def measure(bench: Bench) -> Iterator[Row]:
     )
     yield Row(
         what="the model's process with it, up to the first words",
-        measured=f"{model_mb:.0f} MB at its peak, {model_mb - model_before_mb:.0f} MB more than before",
+        goal=f"at most {GOAL_MODEL_MB} MB more than with a minute",
+        measured=f"{model_mb:.0f} MB at its peak, {model_mb - minute_mb:+.0f} MB",
+        met=model_mb - minute_mb <= GOAL_MODEL_MB,
         runs="1",
     )
     yield Row(
@@ -63,3 +67,27 @@ def measure(bench: Bench) -> Iterator[Row]:
         f"first words after {first_words_s:.0f} s, cancel answered in {1000 * cancelled_s:.0f} ms",
         runs="1",
     )
+
+
+def measure_whole(bench: Bench) -> Iterator[Row]:
+    """Yield what the model's process grows by until an hour has been transcribed to its end, with word times."""
+    minutes = bench.pick(60, 5)
+    (file,) = write_talks(bench.folder, 1, minutes)
+    with running_daemon(bench.folder / "whole") as daemon, daemon.client() as client:
+        minute_mb = _peak_mb(daemon, client, write_talk(bench.folder / "first-minute.wav", 60))
+        whole_mb = _peak_mb(daemon, client, file)
+    yield Row(
+        what=f"the model's process with a file of {minutes} min, word times, to its end",
+        goal=f"at most {GOAL_MODEL_MB} MB more than with a minute",
+        measured=f"{whole_mb:.0f} MB at its peak, {whole_mb - minute_mb:+.0f} MB",
+        met=whole_mb - minute_mb <= GOAL_MODEL_MB,
+        runs="1",
+    )
+
+
+def _peak_mb(daemon: Daemon, client: RawClient, file: Path) -> float:
+    """Return the most that the model's process holds while it transcribes a file, in MB."""
+    (model,) = daemon.helpers("whisperd.model.main")
+    reset_peak(model)
+    client.call("result", job=client.submit(file, options={"word_timestamps": True}), wait_s=None)
+    return peak_rss_mb(model)
