@@ -47,6 +47,7 @@ def test_many_threads_share_a_client(client: Client, recording: Callable[..., Pa
     # Asked again, alone, each recording has the words that its own thread was given.
     for path in paths:
         assert client.transcribe(path, **PLAIN_OPTIONS).text == texts[path] != ""
+    wait_until(lambda: client.stats()["model"]["batch_occupancy"], message="the model's process has told of its steps")
 
 
 def test_segments_come_as_they_stand_in_the_transcript(client: Client, recording: Callable[..., Path]) -> None:

@@ -33,6 +33,13 @@ def test_stats_tell_the_software_of_every_helper(start_daemon: Callable[..., Dae
         assert told["software"]["python"] == platform.python_version()
 
 
+def test_a_mean_of_nothing_is_null(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client:
+        model = client.call("stats")["model"]
+    assert [model[key] for key in ("windows_per_s", "tokens_per_s", "batch_occupancy")] == [None] * 3
+
+
 def test_the_model_tells_what_it_runs_on_also_when_it_cannot_be_loaded(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(model="/nowhere/model.pt")
     with daemon.client() as client:

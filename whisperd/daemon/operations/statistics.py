@@ -125,7 +125,7 @@ def _model(house: House) -> dict[str, Any]:
         "windows_reused": gauges.get("windows_reused", 0),
         "steps": gauges.get("steps", 0),
         "batch_windows": gauges.get("batch_windows"),
-        "batch_occupancy": gauges.get("batch_occupancy", 0.0),
+        "batch_occupancy": gauges.get("batch_occupancy") if gauges.get("steps") else None,
         "device_used_bytes": gauges.get("device_used_bytes"),
         "device_total_bytes": gauges.get("device_total_bytes"),
     }
