@@ -313,17 +313,27 @@ def test_health_and_status(peer: Peer, ctl: Shell) -> None:
     peer.health.update(status="degraded", problems=["the model's file is missing: put it there"])
     done = ctl("health")
     assert (done.code, done.out.splitlines()[1]) == (3, "problem: the model's file is missing: put it there")
-    peer.health.update(status="paused")
     peer.add_job(source={"kind": "fd", "name": "waits.wav"})
-    status = ctl()
-    assert status.code == 0
-    assert "waits.wav" in status.out
+    for each in ("starting", "degraded", "paused", "stopping", "ready"):
+        peer.health.update(status=each)
+        status = ctl()
+        assert (status.code, status.out.startswith(each), "waits.wav" in status.out) == (0, True, True)
+    told = json.loads(ctl("--json").out)
+    assert [job["id"] for job in told.pop("jobs")] == [1]
+    assert told == peer.health
+    behind = ctl("--json", "health")
+    assert (behind.code, "whisperctl health --json" in behind.err) == (2, True)
+    peer.stop()
+    assert ctl().code == 3
 
 
 def test_the_daemon_is_managed(peer: Peer, ctl: Shell) -> None:
     assert ctl("pause", "--free-gpu").err == "whisperd is paused\n"
     assert peer.requests[-1].params.free_gpu  # type: ignore[union-attr]
     assert ctl("resume").code == 0
+    assert json.loads(ctl("pause", "--json").out) == {"status": "paused"}
+    done = ctl("resume", "--json")
+    assert (json.loads(done.out), done.err) == ({"status": "ready"}, "")
     assert json.loads(ctl("model", "unload", "--json").out)["name"] == "micro"
     peer.refuse["model"] = WhisperdError("forbidden", "only admins may do this")
     done = ctl("model", "load")

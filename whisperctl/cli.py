@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from whisperctl.exits import Exit, exit_code
-from whisperctl.options import Shell, common_options
+from whisperctl.options import Shell, common_options, json_option
 from whisperctl.words import safe
 from whisperd import __version__
 from whisperd.protocol.errors import WhisperdError
@@ -56,18 +56,21 @@ class Commands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, "--version", prog_name="whisperctl")
+@json_option
 @common_options
 @click.pass_context
-def cli(context: click.Context) -> int:
+def cli(context: click.Context, as_json: bool) -> int:
     """Hand recordings to whisperd and get the words back.
 
     Without a command: how the daemon is, what runs, what waits.
     """
     if context.invoked_subcommand is not None:
+        if as_json:  # not every command has it
+            raise click.UsageError(f"--json goes behind the command: whisperctl {context.invoked_subcommand} --json")
         return Exit.DONE
     from whisperctl.service import show_status
 
-    return show_status(context.ensure_object(Shell))
+    return show_status(context.ensure_object(Shell), as_json=as_json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,21 +61,30 @@ def stats(shell: Shell, watch: bool, prometheus: bool, as_json: bool) -> int:
 
 @click.command()
 @click.option("--free-gpu", is_flag=True, help="Give the device's memory back; running work waits, too.")
+@json_option
 @common_options
 @click.pass_obj
-def pause(shell: Shell, free_gpu: bool) -> int:
+def pause(shell: Shell, free_gpu: bool, as_json: bool) -> int:
     """Let new work wait (for admins); jobs are accepted as ever."""
-    shell.screen.note(f"whisperd is {shell.client.pause(free_gpu=free_gpu)}")
+    _tell_status(shell, shell.client.pause(free_gpu=free_gpu), as_json=as_json)
     return Exit.DONE
 
 
 @click.command()
+@json_option
 @common_options
 @click.pass_obj
-def resume(shell: Shell) -> int:
+def resume(shell: Shell, as_json: bool) -> int:
     """Go on after a pause (for admins)."""
-    shell.screen.note(f"whisperd is {shell.client.resume()}")
+    _tell_status(shell, shell.client.resume(), as_json=as_json)
     return Exit.DONE
+
+
+def _tell_status(shell: Shell, status: str, *, as_json: bool) -> None:
+    if as_json:
+        shell.screen.data(to_json({"status": status}))
+    else:
+        shell.screen.note(f"whisperd is {safe(status)}")
 
 
 @click.command()
@@ -143,20 +152,25 @@ def completion(context: click.Context, shell_name: str) -> int:
     return Exit.DONE
 
 
-def show_status(shell: Shell) -> int:
-    """Show the daemon's health in a line, what runs and what waits (the command without a command)."""
+def show_status(shell: Shell, *, as_json: bool) -> int:
+    """Show the daemon's health in a line, what runs and what waits (the command without a command).
+
+    It is for looking: whatever the daemon is, it is done once it has answered. What exits by that is `health`.
+    """
     screen, client = shell.screen, shell.client
     answer = client.health()
-    for line in health_lines(answer, colours=screen.colours):
+    for line in [] if as_json else health_lines(answer, colours=screen.colours):
         screen.data(line)
     live = [job for state in ("running", "queued", "fetching", "pending") for job in client.jobs(state=state, limit=10)]
-    if live:
+    if as_json:
+        screen.data(to_json({**answer, "jobs": [job.to_wire() for job in live]}))
+    elif live:
         from whisperctl.render import job_table
 
         screen.data("")
         for line in job_table(live, colours=screen.colours, width=screen.columns):
             screen.data(line)
-    return Exit.DONE if answer.get("status") in ("ready", "paused") else Exit.UNREACHABLE
+    return Exit.DONE
 
 
 def health_lines(health: Mapping[str, Any], *, colours: bool) -> list[str]:
