@@ -409,6 +409,25 @@ def test_help_and_version(ctl: Shell) -> None:
     assert ctl("result", "one").code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("result", "99999999999999999999"),
+        ("result", "9007199254740992"),
+        ("follow", "99999999999999999999"),
+        ("submit", "--beam-size", "99999999999999999999", "talk.m4a"),
+        ("submit", "--initial-prompt", os.fsdecode(b"\xff"), "talk.m4a"),
+        ("transcribe", "--temperature", "nan", "talk.m4a"),
+        ("model", "pull", os.fsdecode(b"\xff")),
+    ],
+)
+def test_what_cannot_be_asked_is_wrong_usage(peer: Peer, ctl: Shell, arguments: tuple[str, ...]) -> None:
+    done = ctl(*arguments)
+    assert (done.code, done.out, "defect" in done.err) == (2, "", False)
+    assert done.err.startswith("whisperctl: ")
+    assert not peer.jobs
+
+
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
 def test_completion(ctl: Shell, name: str) -> None:
     done = ctl("completion", name)

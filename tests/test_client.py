@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.peer import Peer
@@ -289,6 +291,42 @@ def test_never_more_than_the_daemon_reads(peer: Peer, client: Client) -> None:
     for health in threads:
         with pytest.raises((DaemonUnreachable, RuntimeError)):
             health()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"initial_prompt": "x" * 70_000}, "at most 65536"),
+        ({"initial_prompt": "\udcff"}, "initial_prompt"),
+        ({"temperature": math.nan}, "temperature: .* not finite"),
+        ({"suppress_tokens": [1] * 1025}, "suppress_tokens: 1025"),
+        ({"beam_size": 10**20}, "beam_size"),
+        ({"beam_size": np.int64(5)}, "beam_size: .*numpy.int64"),
+    ],
+)
+def test_what_cannot_be_sent_harms_nobody_who_shares_the_client(
+    peer: Peer, client: Client, talk: Path, options: dict[str, Any], words: str
+) -> None:
+    job = client.submit(talk, attached=True)
+    holders = set(peer.attached[job.id])
+    waiting = in_thread(lambda: client.result(job.id, wait=True))
+    peer.wait_for(lambda: peer.seen("result"))
+    for _ in range(MAX_OPEN + 1):  # none of them keeps a place
+        with pytest.raises(BadRequest, match=words):
+            client.submit(talk, **options)
+    assert client.health()["status"] == "ready"
+    assert (peer.connections, peer.attached[job.id], len(peer.jobs)) == (1, holders, 1)
+    peer.finish(job.id, "heard")
+    assert waiting().text == " heard"
+
+
+def test_a_number_that_no_frame_carries_is_a_bad_request(peer: Peer, client: Client) -> None:
+    questions: list[Callable[[int], Any]] = [client.job, client.cancel, client.retry, client.forget]
+    for ask in [*questions, lambda job_id: list(client.follow(job_id))]:
+        for job_id in (2**53, 10**20):
+            with pytest.raises(BadRequest, match="job"):
+                ask(job_id)
+    peer.wait_for(lambda: peer.connections == 1)  # the one that all but `follow` share
 
 
 def test_interrupting_a_wait_leaves_the_client_usable(peer: Peer, client: Client) -> None:

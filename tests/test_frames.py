@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whisperd.protocol.errors import ErrorCode
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import (
     MAX_DEPTH,
     MAX_REPLY_BYTES,
@@ -26,6 +27,7 @@ from whisperd.protocol.frames import (
     encode_body,
     encode_frame,
     encode_frame_parts,
+    encode_request,
     parse_body,
 )
 
@@ -206,6 +208,71 @@ def test_a_frame_of_just_the_limit() -> None:
     popped = reader.pop()
     assert popped is not None
     assert parse_body(popped[0]) == message
+
+
+def read_as_request(frame: bytes) -> dict[str, Any]:
+    """Return what a daemon reads."""
+    reader = FrameReader(max_bytes=MAX_REQUEST_BYTES)
+    reader.feed(frame)
+    popped = reader.pop()
+    assert popped is not None
+    return parse_body(popped[0])
+
+
+anything = (
+    leaves
+    | st.floats()
+    | st.integers(-(2**70), 2**70)
+    | st.text(st.characters(exclude_categories=()), max_size=5)
+    | st.sampled_from([object(), {1, 2}, 1j, msgpack.ExtType(5, b""), [0] * 1025, b"x" * 70_000])
+)
+any_params = st.dictionaries(
+    st.text(max_size=5),
+    st.recursive(
+        anything,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+        max_leaves=10,
+    ),
+    max_size=4,
+)
+
+
+@given(any_params)
+def test_a_request_is_one_that_a_daemon_reads_or_is_refused_before_it_is_sent(params: dict[str, Any]) -> None:
+    message = {"id": 7, "op": "submit", "params": params}
+    try:
+        frame = encode_request(7, "submit", params)
+    except WhisperdError as error:
+        assert error.code in (ErrorCode.BAD_REQUEST, ErrorCode.TOO_LARGE)
+        with pytest.raises((FrameError, ValueError, TypeError, OverflowError)):
+            read_as_request(encode_frame(message))
+    else:
+        assert frame == encode_frame(message)
+        assert read_as_request(frame) == message
+
+
+ROUND: dict[str, Any] = {}
+ROUND["in itself"] = ROUND
+
+
+@pytest.mark.parametrize(
+    ("params", "code", "message"),
+    [
+        ({"job": 2**64}, "bad_request", "submit: job: "),
+        ({"options": {"language": "de", "temperature": math.nan}}, "bad_request", "submit: options: temperature: "),
+        ({"options": {"temperature": [0.0, math.inf]}}, "bad_request", "submit: options: temperature: "),
+        ({"options": {"suppress_tokens": [1] * 1025}}, "bad_request", "submit: options: suppress_tokens: 1025 "),
+        ({"options": {"initial_prompt": "\ud800"}}, "bad_request", "submit: options: initial_prompt: "),
+        ({"options": {"beam_size": object()}}, "bad_request", "submit: options: beam_size: "),
+        ({"options": {"initial_prompt": "x" * 70_000}}, "too_large", "submit: a request of 70"),
+        (ROUND, "bad_request", "submit: in itself: "),
+    ],
+)
+def test_what_cannot_be_sent_is_named(params: dict[str, Any], code: str, message: str) -> None:
+    with pytest.raises(WhisperdError) as caught:
+        encode_request(1, "submit", params)
+    assert caught.value.code == code
+    assert caught.value.message.startswith(message)
 
 
 def test_descriptors_nobody_took_are_handed_over_once() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from whisperctl.errors import refusal
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.errors import WhisperdError
-from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError
+from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError, encode_request
 
 MAX_OPEN = 64  # the daemon stops reading a connection with more open requests
 MAX_OPEN_WAITS = 56  # so that a `cancel` always finds a place beside waiting `result`s
@@ -42,6 +42,14 @@ def open_channel(sock: socket.socket) -> Channel:
     """Return a channel for replies on `sock`; a forked child closes its copy."""
     _open_sockets.add(sock)
     return Channel(sock, max_bytes=MAX_REPLY_BYTES)
+
+
+def request_frame(number: int, op: str, params: Mapping[str, Any]) -> bytes:
+    """Return a request's frame, or raise `BadRequest` for what would cost the connection, and all that shares it."""
+    try:
+        return encode_request(number, op, params)
+    except WhisperdError as error:
+        raise refusal(error.to_wire()) from None
 
 
 def seconds_left(deadline: float | None) -> float | None:
@@ -87,7 +95,7 @@ class Connection:
         """Send a request and return the `result` of its reply.
 
         `waits` marks one whose reply may take long. Raises `ConnectionLost`, `TimeoutError` at the monotonic
-        `deadline`, or the `WhisperdError` that the daemon answered.
+        `deadline`, `BadRequest` for one that cannot be sent, or the `WhisperdError` that the daemon answered.
         """
         waiter = self._send(op, params, descriptors, waits=waits, deadline=deadline)
         if not waiter.done.wait(seconds_left(deadline)):
@@ -101,23 +109,23 @@ class Connection:
         raise refusal(reply.get("error") or {})
 
     def post(self, op: str, params: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-        """Send a request whose reply nobody waits for. Raises `ConnectionLost`."""
+        """Send a request whose reply nobody waits for. Raises `ConnectionLost`, and `BadRequest` as `request`."""
         self._send(op, params, descriptors, waits=True, deadline=None)
 
     def _send(
         self, op: str, params: Mapping[str, Any], descriptors: Sequence[int], *, waits: bool, deadline: float | None
     ) -> _Waiter:
         limit = MAX_OPEN_WAITS if waits else MAX_OPEN
-        waiter = _Waiter()
+        number, waiter = next(self._numbers), _Waiter()
+        frame = request_frame(number, op, params)  # first: what cannot be sent takes no place and breaks nothing
         with self._changed:
             if not self._changed.wait_for(lambda: self.lost or len(self._waiting) < limit, seconds_left(deadline)):
                 raise TimeoutError
             if self._lost is not None:
                 raise self._lost
-            number = next(self._numbers)
             self._waiting[number] = waiter
         try:
-            self._channel.send({"id": number, "op": op, "params": params}, descriptors)
+            self._channel.send_frame(frame, descriptors)
         except OSError as error:
             # The daemon has hung up. Why, it may have said before: that lies unread, and the reader comes to it.
             waiter.done.wait(_LAST_WORD_S)

@@ -79,7 +79,7 @@ class JobCancelled(WhisperdError):
 
 
 class BadRequest(WhisperdError):
-    """The daemon does not accept this request: an unknown option, an impossible source."""
+    """This request is not accepted: an unknown option, an impossible source, a value that cannot be sent at all."""
 
 
 class KeyConflict(BadRequest):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
-from whisperctl.connection import Connection, ConnectionLost, open_channel, seconds_left
+from whisperctl.connection import Connection, ConnectionLost, open_channel, request_frame, seconds_left
 from whisperctl.discovery import candidates, connect
 from whisperctl.errors import DaemonUnreachable, refusal
 from whisperd.protocol.channel import Channel
@@ -124,13 +124,15 @@ class Link:
         """Yield the result of a request that events follow, and those, as `(map, is_event)`.
 
         After a reconnect the request is sent again, with `params` as they are by then. Each has a connection of its
-        own, so that leaving it ends it and a slow reader holds up nobody. Raises `TimeoutError` at the deadline.
+        own, so that leaving it ends it and a slow reader holds up nobody. Raises `TimeoutError` at the deadline, and
+        `BadRequest` for what cannot be sent.
         """
         patience = self._patience(self._reconnect_s, deadline)
         while True:
+            frame = request_frame(1, op, params)
             channel = self._reach(patience, self._channel)
             try:
-                channel.send({"id": 1, "op": op, "params": dict(params)})
+                channel.send_frame(frame)
                 while True:
                     message, _ = channel.receive(positive(seconds_left(deadline)))
                     if "event" not in message:

@@ -30,13 +30,16 @@ class Channel:
 
     def send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Send one frame, whole. Raises `OSError` when the peer is gone."""
-        frame = memoryview(encode_frame(message))
+        self.send_frame(encode_frame(message), descriptors)
+
+    def send_frame(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send a frame that is encoded already, whole. Raises `OSError` when the peer is gone."""
+        left = memoryview(frame)
         with self._sending:
             if descriptors:
-                sent = socket.send_fds(self.socket, [frame], list(descriptors))
-                frame = frame[sent:]
-            if frame:  # else sending nothing to a peer that has just left would raise
-                self.socket.sendall(frame)
+                left = left[socket.send_fds(self.socket, [left], list(descriptors)) :]
+            if left:  # else sending nothing to a peer that has just left would raise
+                self.socket.sendall(left)
 
     def receive(self, timeout_s: float | None = None) -> tuple[dict[str, Any], list[int]]:
         """Return the next frame's map and descriptors.

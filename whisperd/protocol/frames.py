@@ -24,6 +24,10 @@ MAX_DEPTH = 8
 MAX_REQUEST_ITEMS = 1024
 
 _HEADER = struct.Struct(">I")
+# msgpack reports bad bytes with half a dozen exception types (ValueError and its children, TypeError on an unhashable
+# key, RecursionError never), and values that it cannot write with OverflowError besides: this is the one place that
+# knows.
+_FAULTS = (ValueError, TypeError, OverflowError, msgpack.UnpackException)
 
 
 class FrameError(WhisperdError):
@@ -40,6 +44,33 @@ def encode_frame(message: Mapping[str, Any]) -> bytes:
     """Return one whole frame."""
     body = encode_body(message)
     return _HEADER.pack(len(body)) + body
+
+
+def encode_request(number: int, op: str, params: Mapping[str, Any]) -> bytes:
+    """Return the frame of a request, held to what a daemon reads: one that it cannot read costs the connection.
+
+    Raises `WhisperdError`: `too_large`, or `bad_request` that names the value which no frame can carry.
+    """
+    try:
+        body = encode_body({"id": number, "op": op, "params": params})
+        if len(body) <= MAX_REQUEST_BYTES:
+            _unpack(body, trusted=False)
+    except _FAULTS as error:
+        raise WhisperdError(ErrorCode.BAD_REQUEST, f"{op}: {_named(params, error)}") from None
+    if len(body) > MAX_REQUEST_BYTES:
+        message = f"{op}: a request of {len(body)} bytes; at most {MAX_REQUEST_BYTES} are allowed"
+        raise WhisperdError(ErrorCode.TOO_LARGE, message)
+    return _HEADER.pack(len(body)) + body
+
+
+def _named(values: Mapping[str, Any], fault: Exception, depth: int = MAX_DEPTH) -> str:
+    """Return a fault behind the names that lead to it: `options: temperature: a number is not finite`."""
+    for name, value in values.items() if depth else ():
+        try:
+            _unpack(encode_body({name: value}), trusted=False)
+        except _FAULTS as inner:
+            return f"{name}: {_named(value, inner, depth - 1) if isinstance(value, Mapping) else inner}"
+    return str(fault)
 
 
 class Raw(bytes):
@@ -91,28 +122,32 @@ def _check_value(value: Any, depth: int) -> None:
             _check_value(item, depth + 1)
 
 
+def _unpack(body: bytes, *, trusted: bool) -> Any:
+    """Return the value that `body` holds. Raises one of `_FAULTS`."""
+    limit = len(body) if trusted else min(len(body), MAX_REQUEST_ITEMS)
+    value = msgpack.unpackb(
+        body,
+        raw=False,
+        strict_map_key=True,
+        object_pairs_hook=_unique_pairs,
+        ext_hook=_no_extension,
+        max_array_len=limit,
+        max_map_len=limit,
+        max_ext_len=0,
+    )
+    _check_value(value, 0)
+    return value
+
+
 def parse_body(body: bytes, *, trusted: bool = False) -> dict[str, Any]:
     """Return the map that `body` holds.
 
     `trusted` is for what the daemon and its helpers send (long lists of segments); requests come with small limits.
     Raises `FrameError` (`bad_frame`) for anything that is not exactly one well-formed map.
     """
-    limit = len(body) if trusted else min(len(body), MAX_REQUEST_ITEMS)
     try:
-        # msgpack reports bad input with half a dozen exception types (ValueError and its children, TypeError on an
-        # unhashable key, RecursionError never): this is the one place that knows.
-        value = msgpack.unpackb(
-            body,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_unique_pairs,
-            ext_hook=_no_extension,
-            max_array_len=limit,
-            max_map_len=limit,
-            max_ext_len=0,
-        )
-        _check_value(value, 0)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        value = _unpack(body, trusted=trusted)
+    except _FAULTS as error:
         raise FrameError(ErrorCode.BAD_FRAME, f"not a msgpack map as the protocol wants it: {error}") from None
     if not isinstance(value, dict):
         raise FrameError(ErrorCode.BAD_FRAME, "a frame must hold one map with string keys")
