@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -34,6 +35,8 @@ from whisperctl import (
 )
 from whisperctl.connection import MAX_OPEN, MAX_OPEN_WAITS
 from whisperctl.discovery import candidates, connect
+from whisperctl.link import next_message
+from whisperd.protocol.channel import Channel
 
 
 @pytest.fixture
@@ -130,6 +133,26 @@ def test_a_timeout_with_segments_leaves_the_job_running(peer: Peer, client: Clie
     assert caught.value.job_id == 1
 
 
+@pytest.mark.parametrize("timeout_s", [3e6, 1e12, math.inf])
+def test_no_timeout_is_too_long(peer: Peer, client: Client, talk: Path, timeout_s: float) -> None:
+    job = client.submit(talk, timeout_s=timeout_s)
+    waiting = in_thread(lambda: client.result(job.id, wait=True, timeout_s=timeout_s))
+    following = in_thread(lambda: [event.kind for event in client.follow(job.id, timeout_s=timeout_s)])
+    peer.wait_for(lambda: peer.seen("result") and peer.subscribers)
+    peer.finish(job.id, "heard")
+    assert waiting().text == " heard"
+    assert following() == ["end"]
+
+
+def test_a_wait_for_a_message_goes_on_to_its_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        deadline = time.monotonic() + 0.1
+        with pytest.raises(TimeoutError):
+            next_message(Channel(ours, max_bytes=1000), deadline, longest_s=0.01)
+        assert time.monotonic() >= deadline
+
+
 def test_a_timeout_while_copying_names_the_key(peer: Peer, client: Client, talk: Path) -> None:
     peer.silent.add("submit")
     with pytest.raises(JobTimeout) as caught:
@@ -156,6 +179,8 @@ def test_refusals_have_classes(peer: Peer, client: Client, talk: Path) -> None:
         client.result(99)
     with pytest.raises(BadRequest, match="does not know 'speed'"):
         client.submit(talk, speed=2)
+    with pytest.raises(BadRequest, match="'gone'"):
+        client.jobs(state="gone")
     peer.refuse["submit"] = WhisperdError("queue_full", "full")
     with pytest.raises(QueueFull) as caught:
         client.submit(talk)
@@ -219,6 +244,8 @@ def test_a_long_stream_goes_through_a_file(peer: Peer, client: Client) -> None:
 
 
 def test_what_cannot_be_read_is_said_and_nothing_is_sent(peer: Peer, client: Client, tmp_path: Path) -> None:
+    with (tmp_path / "closed.wav").open("wb+") as closed:
+        closed.write(b"x")
     with pytest.raises(SourceUnreadable, match="there is no file"):
         client.submit(tmp_path / "missing.wav")
     with pytest.raises(SourceUnreadable, match="folder"):
@@ -227,6 +254,13 @@ def test_what_cannot_be_read_is_said_and_nothing_is_sent(peer: Peer, client: Cli
         client.submit(io.StringIO("text"))
     with pytest.raises(SourceUnreadable):
         client.submit(987)
+    with pytest.raises(SourceUnreadable):
+        client.submit(10**20)
+    for name in ("a\0b.wav", "\ud800.wav"):
+        with pytest.raises(SourceUnreadable):
+            client.submit(name)
+    with pytest.raises(SourceUnreadable, match="closed file"):
+        client.submit(closed)
     _, terminal = os.openpty()
     with pytest.raises(SourceUnreadable, match="terminal"):
         client.submit(terminal)
@@ -240,6 +274,8 @@ def test_names_that_are_no_text_arrive_as_text(peer: Peer, client: Client, tmp_p
     assert peer.jobs[1]["source"]["name"] == "caf\ufffd.wav"
     client.submit(io.BytesIO(b"x"), name="ä" * 300)
     assert peer.jobs[2]["source"]["name"] == "ä" * 127  # 255 bytes hold no half letter
+    client.submit(io.BytesIO(b"x"), name="\ud800.wav")
+    assert peer.jobs[3]["source"]["name"] == "\ufffd.wav"
 
 
 def test_no_descriptor_is_left_open(peer: Peer, client: Client, talk: Path) -> None:
@@ -428,8 +464,6 @@ def test_the_last_word_of_a_daemon_that_cannot_start(tmp_path: Path) -> None:
     listener.listen()
 
     def answer() -> None:
-        from whisperd.protocol.channel import Channel
-
         sock, _ = listener.accept()
         error = {"code": "unavailable", "message": "the configuration is wrong: see line 3"}
         Channel(sock, max_bytes=1000).send({"id": 0, "ok": False, "error": error})

@@ -18,7 +18,7 @@ from whisperctl.sources import OpenSource, Source, open_source
 from whisperctl.uploading import Progress, upload, upload_source
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.jobs import Job, JobState, Priority
+from whisperd.protocol.jobs import Job, Priority
 from whisperd.protocol.messages import MAX_JOBS_LIMIT
 
 _RECONNECT_S = 60.0
@@ -179,7 +179,7 @@ class Client:
                 return result
             if not wait:
                 return result
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and not seconds_left(deadline):
                 raise _not_in_time(job_id)
 
     def follow(self, job_id: int, after_seq: int = 0, *, timeout_s: float | None = None) -> Iterator[Event]:
@@ -224,7 +224,7 @@ class Client:
         while len(jobs) < limit:
             params: dict[str, Any] = {"limit": min(limit - len(jobs), MAX_JOBS_LIMIT), "all": all_users}
             if state is not None:
-                params["state"] = JobState(state)
+                params["state"] = str(state)
             if before is not None:
                 params["before"] = before
             reply = self._link.call("jobs", params)

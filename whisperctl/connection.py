@@ -19,6 +19,7 @@ from whisperd.protocol.frames import MAX_REPLY_BYTES, FrameError, encode_request
 
 MAX_OPEN = 64  # the daemon stops reading a connection with more open requests
 MAX_OPEN_WAITS = 56  # so that a `cancel` always finds a place beside waiting `result`s
+_LONGEST_S = 1e9  # 31 years: the longest `wait_s` of the protocol, and no more than threads can wait
 _LAST_WORD_S = 1.0  # a bound: the end of the stream follows a failed send at once
 
 
@@ -53,8 +54,8 @@ def request_frame(number: int, op: str, params: Mapping[str, Any]) -> bytes:
 
 
 def seconds_left(deadline: float | None) -> float | None:
-    """Return what is left until a monotonic `deadline`, at least 0; None stays None."""
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+    """Return what is left until a monotonic `deadline`, from 0 to 31 years (infinity is more); None stays None."""
+    return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
 
 
 class _Waiter:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_LONGEST_RECEIVE_S = 1e6  # a socket takes no timeout of more than 24 days
 
 
 class Link:
@@ -134,7 +135,7 @@ class Link:
             try:
                 channel.send_frame(frame)
                 while True:
-                    message, _ = channel.receive(positive(seconds_left(deadline)))
+                    message = next_message(channel, deadline)
                     if "event" not in message:
                         if not message.get("ok"):
                             raise refusal(message.get("error") or {})
@@ -293,6 +294,17 @@ def _gone(path: str) -> DaemonUnreachable:
     )
 
 
-def positive(seconds: float | None) -> float | None:
-    """Return a timeout that a socket takes: 0 would make it non-blocking, and "nothing yet" another exception."""
-    return None if seconds is None else max(seconds, 0.001)
+def next_message(
+    channel: Channel, deadline: float | None, *, longest_s: float = _LONGEST_RECEIVE_S
+) -> Mapping[str, Any]:
+    """Return the next message, waiting `longest_s` at a time. Raises `TimeoutError` at the deadline, and as `receive`.
+
+    A timeout of 0 would make the socket non-blocking, and "nothing yet" another exception.
+    """
+    while True:
+        left_s = seconds_left(deadline)
+        try:
+            return channel.receive(None if left_s is None else min(max(left_s, 0.001), longest_s))[0]
+        except TimeoutError:
+            if not seconds_left(deadline):
+                raise

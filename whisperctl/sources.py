@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def open_source(source: Source, *, name: str | None = None) -> OpenSource:
             fd = os.dup(source)
         else:
             return _open_object(source, name)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:  # a NUL in a name, a closed file, a number too large
         raise _unreadable(str(source), error) from None
     own_name = name or (Path(label).name if isinstance(source, str | os.PathLike) else "")
     return _seekable(fd, own_name, label)
@@ -120,16 +121,16 @@ def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _unreadable(label: str, error: OSError) -> SourceUnreadable:
+def _unreadable(label: str, error: Exception) -> SourceUnreadable:
     match error:
         case FileNotFoundError():
             return SourceUnreadable(f"there is no file {label}")
         case PermissionError():
             return SourceUnreadable(f"not allowed to read {label}")
-    return SourceUnreadable(f"cannot read {label}: {error.strerror or error}")
+    return SourceUnreadable(f"cannot read {label}: {getattr(error, 'strerror', None) or error}")
 
 
 def _wire_name(name: str) -> str:
     # Names are for people: what is no UTF-8 on disk becomes a question mark, what is too long loses its tail.
-    clean = os.fsencode(name).decode("utf-8", "replace").replace("\0", "")
+    clean = re.sub(r"[\ud800-\udfff]", "\ufffd", name).replace("\0", "")
     return clean.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore")

@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from whisperctl.connection import seconds_left
 from whisperctl.errors import SourceUnreadable, refusal
-from whisperctl.link import Link, positive
+from whisperctl.link import Link, next_message
 from whisperctl.sources import OpenSource
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -65,7 +64,7 @@ def _talk(
             number, on_their_way = number + 1, on_their_way + 1
             data, last = piece
             channel.send({"id": number, "op": "chunk", "params": {"upload": 1, "data": data, "last": last}})
-        message, _ = channel.receive(positive(seconds_left(deadline)))
+        message = next_message(channel, deadline)
         answered()
         if message.get("id", 0) > 1:
             on_their_way -= 1
