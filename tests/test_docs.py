@@ -14,7 +14,7 @@ from tests.support import NO_MODEL, Daemon
 from whisperd.daemon.config import SETTINGS
 from whisperd.protocol import messages
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.frames import encode_frame, parse_body
+from whisperd.protocol.frames import MAX_DEPTH, MAX_REQUEST_ITEMS, encode_frame, parse_body
 from whisperd.protocol.jobs import Job, JobState, Priority
 from whisperd.protocol.options import DEFAULTS, OWN_DEFAULTS
 
@@ -102,10 +102,12 @@ def test_the_bounds_are_those_of_the_code() -> None:
     assert f"| a URL | {messages.MAX_URL_BYTES:,} bytes |" in bounds
     assert f"| data of a chunk | {messages.MAX_CHUNK_BYTES:,} bytes |" in bounds
     assert f"| chunks of an upload on their way | {messages.MAX_UNANSWERED_CHUNKS} |" in bounds
+    assert f"| lists and maps in a request | {MAX_REQUEST_ITEMS:,} items |" in bounds
+    assert f"| nesting | {MAX_DEPTH} |" in bounds
     assert f"| jobs in one answer of `jobs` | {messages.MAX_JOBS_LIMIT} |" in bounds
 
 
-def test_the_worked_example_is_true_to_the_byte() -> None:
+def test_the_worked_example_is_true_to_the_byte(start_daemon: Callable[..., Daemon]) -> None:
     blocks = re.findall(r"^```bytes\n(.*?)^```", PROTOCOL, re.MULTILINE | re.DOTALL)
     request, reply = (
         bytes.fromhex("".join(re.match(r"(?:[0-9a-f]{2} )+", line + " ")[0] for line in block.splitlines()))  # type: ignore[index]
@@ -113,7 +115,12 @@ def test_the_worked_example_is_true_to_the_byte() -> None:
     )
     assert request == encode_frame({"id": 1, "op": "cancel", "params": {"job": 300}})
     assert messages.parse_request(parse_body(request[4:])).params == messages.Cancel(job=300)
-    assert reply == encode_frame(messages.error_reply(1, WhisperdError(ErrorCode.NOT_FOUND, "no job 300")))
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client:
+        client.send_bytes(request)
+        client.socket.settimeout(30)
+        with client.socket.makefile("rb") as answers:
+            assert answers.read(len(reply)) == reply
 
 
 def test_every_setting_is_documented() -> None:

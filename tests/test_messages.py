@@ -125,6 +125,8 @@ REFUSED = [
     ("submit", {"source": {"kind": "video", "id": "dQw4w9WgXcé"}}, "id"),
     ("submit", {"source": {"kind": "url", "url": "file:///etc/passwd"}}, "url"),
     ("submit", {"source": {"kind": "url", "url": "https://"}}, "url"),
+    ("submit", {"source": {"kind": "url", "url": "FTP://example.org/talk"}}, "url"),
+    ("submit", {"source": {"kind": "url", "url": "http\u017f://example.org/talk"}}, "url"),  # \u017f: a long s
     ("submit", {"source": {"kind": "url", "url": "https://x/" + "a" * 2048}}, "url"),
     ("submit", {"source": FILE, "priority": "urgent"}, "priority"),
     ("submit", {"source": FILE, "priority": 1}, "priority"),
@@ -196,6 +198,9 @@ def test_a_request_that_is_none(message: dict[str, Any], named: str) -> None:
 def test_unknown_operation() -> None:
     assert refusal({"id": 1, "op": "HEALTH"}).code == ErrorCode.UNKNOWN_OP
     assert refusal({"id": 1, "op": "__init__"}).code == ErrorCode.UNKNOWN_OP
+    endless = refusal({"id": 1, "op": "health" * 10_000})
+    assert endless.code == ErrorCode.UNKNOWN_OP
+    assert len(endless.message) < 500, "what a client sent must not come back at length"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,12 @@ def test_whatever_comes_only_these_errors_go_out(message: dict[str, Any]) -> Non
 )
 def test_a_job_shows_the_source_as_it_was_sent(source: dict[str, Any]) -> None:
     assert source_to_wire(parse_source(source)) == source
+
+
+@pytest.mark.parametrize("scheme", ["https", "HTTPS", "Https", "HTTP"])
+def test_the_scheme_of_an_address_may_be_in_any_case(scheme: str) -> None:
+    source = parse_source({"kind": "url", "url": f"{scheme}://Example.org/Talk"})
+    assert source == messages.UrlSource(url=f"{scheme.lower()}://Example.org/Talk")
 
 
 def test_the_largest_chunk_fits_a_request() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import Fields, bad_request
+from whisperd.protocol.frames import MAX_REQUEST_BYTES
 from whisperd.protocol.jobs import JobState, Priority
 from whisperd.protocol.options import parse_options
 
@@ -181,7 +182,7 @@ def parse_request(message: Mapping[str, Any]) -> Request:
     """
     fields = Fields(message, "request")
     number = fields.integer("id", high=2**64 - 1)
-    op = fields.text("op", max_bytes=64)
+    op = fields.text("op", max_bytes=MAX_REQUEST_BYTES)  # a name that is too long is no name that is known
     params = fields.value("params", {})
     fields.done()
     parse = _PARSERS.get(op)
@@ -209,9 +210,12 @@ def parse_source(value: Any) -> Source:
         source = VideoSource(video_id=video_id)
     elif kind == "url":
         url = fields.text("url", max_bytes=MAX_URL_BYTES)
-        if not re.match(r"https?://[^\s/]", url):
+        # A scheme may be written in any case (RFC 3986, section 3.1); the same address is to be the same work.
+        scheme, colon, rest = url.partition(":")
+        normal = scheme.lower() + colon + rest
+        if not re.match(r"https?://[^\s/]", normal):
             raise fields.wrong("url", url, "an http or https address")
-        source = UrlSource(url=url)
+        source = UrlSource(url=normal)
     else:
         raise fields.wrong("kind", kind, "'fd', 'upload', 'video' or 'url'")
     fields.done()
