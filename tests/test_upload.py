@@ -26,6 +26,7 @@ from tests.support import (
 )
 from tests.test_admission import client_as
 from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.frames import encode_frame
 from whisperd.protocol.helper_messages import Cancel, Copied, Failed, Progress, UploadBegin, UploadData
 from whisperd.protocol.messages import MAX_CHUNK_BYTES, MAX_UNANSWERED_CHUNKS
 
@@ -167,6 +168,15 @@ def test_the_same_bytes_are_the_same_work_however_they_came(client: RawClient, r
     for size_bytes in (path.stat().st_size, None):
         known = taken(client, begin(client, size_bytes, key="either way"))
         assert (known["job"]["id"], known["reused"]) == (by_descriptor["id"], True)
+    # In one write: the chunk is there before the key has been looked up.
+    source = {"kind": "upload", "name": "talk.wav", "size_bytes": None}
+    asked = {"id": 1001, "op": "submit", "params": {"source": source, "options": PLAIN_OPTIONS, "key": "either way"}}
+    chunk_of_it = {"id": 1002, "op": "chunk", "params": {"upload": 1001, "data": b"on its way"}}
+    client.send_bytes(encode_frame(asked) + encode_frame(chunk_of_it))
+    assert taken(client, 1001)["job"]["id"] == by_descriptor["id"]
+    with pytest.raises(WhisperdError, match=f"no bytes are wanted.* job {by_descriptor['id']}$") as caught:
+        taken(client, 1002)
+    assert caught.value.code == "bad_request"
     by_upload = upload(client, recording(1).read_bytes(), key="the other way")
     client.call("cancel", job=by_descriptor["id"])
     assert by_upload["job"]["id"] != by_descriptor["id"]
@@ -246,6 +256,22 @@ def test_chunks_that_are_out_of_place_are_refused_alone(client: RawClient, recor
     chunk(client, number, data, last=True)
     assert taken(client, number)["job"]["state"] == "queued"
     assert error_of(lambda: chunk(client, number, b"more")) == "bad_request"
+
+
+def test_a_second_upload_of_a_connection_is_refused_and_the_first_goes_on(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL, upload_timeout_s=2)
+    with daemon.client() as client, daemon.client() as silent:
+        number = begin(client, None)
+        chunk(client, number, b"first")
+        (receiver,) = daemon.helpers("whisperd.audio.receiver")
+        receiver.suspend()
+        waiting = [client.send("chunk", upload=number, data=data, last=not data) for data in (b"second", b"")]
+        assert error_of(lambda: taken(client, begin(client, None))) == "bad_request"
+        # When an upload that was begun later has timed out, whatever is left of the refused one has done so too.
+        assert error_of(lambda: taken(silent, begin(silent, None))) == "timed_out"
+        receiver.resume()
+        assert [client.reply(one)["result"]["received"] for one in waiting] == [11, 11]
+        assert taken(client, number)["job"]["state"] == "queued"
 
 
 def test_an_upload_of_nothing_fails_as_an_empty_file_does(client: RawClient) -> None:

@@ -25,7 +25,7 @@ _MAX_UNANSWERED_IN_LINE = 1
 
 
 class Upload:
-    """The bytes of one upload, from its submit to its end.
+    """The bytes of one upload, from its submit to its end. Its clock stands until `begin`.
 
     `check(chunk, received_bytes)` raises what ends the upload as a whole (too many bytes, say), `send(data, last)`
     hands bytes to the receiver, `failed(error)` is called when the upload is to be given up. While `crowded()`, at
@@ -60,6 +60,9 @@ class Upload:
         self._pace: Timer | None = None
         self._received_before = 0  # when its pace was last looked at
         self._look_is_due = False
+
+    def begin(self) -> None:
+        """It is its connection's upload from now on: keep the clock over its silence."""
         self._settle()
 
     def take(self, chunk: Chunk, reply: Reply, fail: Fail) -> None:
@@ -166,10 +169,11 @@ class Uploads:
         self._by_peer: dict[int, Upload] = {}
 
     def add(self, peer: Peer, upload: Upload) -> None:
-        """Take an upload up. Raises `bad_request` where its connection has one already."""
+        """Take an upload up, and begin it. Raises `bad_request` where its connection has one already."""
         if peer.id in self._by_peer:
             raise bad_request("source: this connection uploads already: open another one, or wait until that is done")
         self._by_peer[peer.id] = upload
+        upload.begin()
 
     def take(self, peer: Peer, chunk: Chunk, reply: Reply, fail: Fail) -> None:
         """Give a chunk to its upload. Raises `bad_request`."""
@@ -181,10 +185,11 @@ class Uploads:
             )
         upload.take(chunk, reply, fail)
 
-    def remove(self, peer: Peer) -> None:
-        """Forget an upload that has ended."""
-        if (upload := self._by_peer.pop(peer.id, None)) is not None:
-            upload.end()
+    def remove(self, peer: Peer, upload: Upload, error: WhisperdError | None = None) -> None:
+        """Forget an upload that has ended; `error` is the answer to chunks that have none. Another one stays."""
+        if self._by_peer.get(peer.id) is upload:
+            del self._by_peer[peer.id]
+            upload.end(error)
 
     def client_left(self, peer: Peer) -> None:
         """A connection is gone, and what it uploaded with it, unless all of it has come."""

@@ -96,7 +96,8 @@ class _UploadSubmission:
             return
         if self._params.attached:
             self._house.hold(known.job.id, self._peer)
-        self._house.uploads.remove(self._peer)
+        unwanted = bad_request(f"chunk: no bytes are wanted: the submit's key is that of job {known.job.id}")
+        self._house.uploads.remove(self._peer, self._upload, unwanted)
         self._reply({"job": self._house.board.show(known.job, known.run).to_wire(), "reused": True})
 
     def _admit(self) -> None:
@@ -167,12 +168,12 @@ class _UploadSubmission:
         if not self._ended:
             self._ended = True
             self._upload.give_up(error)
-            self._house.uploads.remove(self._peer)
+            self._house.uploads.remove(self._peer, self._upload)
             self._fail(error)
 
     def _copied(self, copied: Copied) -> None:
         assert self._copy is not None
-        self._house.uploads.remove(self._peer)
+        self._house.uploads.remove(self._peer, self._upload)
         accept(
             self._house,
             self._peer,
