@@ -32,6 +32,7 @@ from whisperd.daemon.store import DAY_S, Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.opening import StateError
 from whisperd.daemon.store.rows import Change
+from whisperd.daemon.underway import UnderWay
 from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers
 from whisperd.daemon.wire.descriptors import closing_is_stuck
@@ -104,6 +105,7 @@ class House:
         guard = ClockGuard(grace_s=grace_s, seen_at=seen_at(mark))
         self.housekeeping = Housekeeping(loop, self.ledger, guard, mark, grace_s)
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
+        self.under_way = UnderWay()
         self.submitting: Counter[int] = Counter()  # by user: submits that hold a descriptor and are not answered
         self.ledger.changed = self._changed
 
@@ -283,9 +285,12 @@ class House:
         applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
         check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes)
 
-    def check_submits(self, uid: int) -> None:
-        """Raise `quota_exceeded` for one more submit that would hold a descriptor: known keys take no waiting place."""
-        most = places_per_user(self.config)
+    def check_submits(self, uid: int, key: str | None) -> None:
+        """Raise `quota_exceeded` for one more submit that would hold a descriptor: known keys take no waiting place.
+
+        One with a key may be a retry of one that is not answered yet, and is not to be refused for that one's sake.
+        """
+        most = places_per_user(self.config) * (1 if key is None else 2)
         if self.submitting[uid] >= most and not self.is_admin(uid):
             raise WhisperdError(
                 ErrorCode.QUOTA_EXCEEDED,

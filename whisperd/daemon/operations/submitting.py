@@ -30,7 +30,7 @@ def submit_file(house: House, peer: Peer, params: Submit, descriptors: list[int]
     Takes the descriptor out of `descriptors` when it goes on to the copy lane.
     """
     size_bytes = check_descriptors(descriptors, max_bytes=house.config.max_source_bytes)
-    house.check_submits(peer.uid)
+    house.check_submits(peer.uid, params.key)
     _Submission(house, peer, params, descriptors.pop(), size_bytes, reply, fail).begin()
 
 
@@ -104,11 +104,15 @@ class _Submission:
         self._answer, self._answer_error = reply, fail
         self._stored_bytes = 0
         self._early = early_fingerprint(size_bytes, params.options)
-        self._copy: Copy | None = None
+        self._copy: Copy | None = None  # from its admission on
 
     def begin(self) -> None:
-        """Look the key up first, if there is one: a retry of an accepted submit is never refused for want of room."""
+        """Count it until it is answered, and go on."""
         self._house.submitting[self._peer.uid] += 1
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Look the key up first, if there is one: a retry of an accepted submit is never refused for want of room."""
         key = self._params.key
         store, uid = self._house.ledger.store, self._peer.uid
         if key is None and self._house.is_admin(uid):  # nothing to look up
@@ -131,13 +135,19 @@ class _Submission:
         self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up, by=self._peer)
 
     def _admit_and_copy(self) -> None:
+        house, uid, key = self._house, self._peer.uid, self._params.key
         try:
             self._refuse_when_useless()
-            uid, priority = self._peer.uid, self._params.priority
-            self._house.admit(uid, priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
         except WhisperdError as error:
             self._give_up(error)
             return
+        try:
+            house.admit(uid, self._params.priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
+        except WhisperdError as error:
+            if not house.under_way.maybe_wait(uid, key, self._look_up):
+                self._give_up(error)
+            return
+        house.under_way.began(uid, key)
         self._copy = self._new_copy(
             descriptor=self._descriptor,
             size_bytes=self._size_bytes,
@@ -145,7 +155,7 @@ class _Submission:
             copied=self._copied,
             refused=self._fail,
         )
-        self._house.copying.add(self._copy)
+        house.copying.add(self._copy)
 
     def _compare(self) -> None:
         """The key has a job. Hash the file, to see whether it is that job's: this takes no room, however full it is."""
@@ -244,9 +254,14 @@ class _Submission:
         )
 
     def _reply(self, result: Mapping[str, Any]) -> None:
-        self._house.submitting[self._peer.uid] -= 1
         self._answer(result)
+        self._over()
 
     def _fail(self, error: WhisperdError) -> None:
-        self._house.submitting[self._peer.uid] -= 1
         self._answer_error(error)
+        self._over()
+
+    def _over(self) -> None:
+        self._house.submitting[self._peer.uid] -= 1
+        if self._copy is not None:
+            self._house.under_way.ended(self._peer.uid, self._params.key)

@@ -22,14 +22,29 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
     new = _new_job(house, peer, params)
     key, store = params.key, house.ledger.store
 
+    def look_up() -> None:
+        house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail, by=peer)
+
     def then(found: tuple[Any, int]) -> None:
         row, stored_bytes = found
         if key is not None and row is not None and row["fingerprint"] != new.fingerprint:
             fail(key_conflict(key))
-        else:
-            _accept(house, peer, new, reply, fail, known=row is not None, stored_bytes=stored_bytes)
+            return
+        try:
+            house.refuse_when_stopping()
+        except WhisperdError as error:
+            fail(error)
+            return
+        try:
+            if row is None:
+                house.admit(new.uid, new.priority, size_bytes=0, stored_bytes=stored_bytes)
+        except WhisperdError as error:
+            if not house.under_way.maybe_wait(peer.uid, key, look_up):
+                fail(error)
+            return
+        _accept(house, peer, new, reply, fail)
 
-    house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail, by=peer)
+    look_up()
 
 
 def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
@@ -52,19 +67,17 @@ def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
     )
 
 
-def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, known: bool, stored_bytes: int) -> None:
-    try:
-        house.refuse_when_stopping()
-        if not known:
-            house.admit(new.uid, new.priority, size_bytes=0, stored_bytes=stored_bytes)
-    except WhisperdError as error:
-        fail(error)
-        return
+def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail) -> None:
     # It takes its place of the queue now: the commit may be a while, and others are admitted meanwhile.
     house.accepting[new.uid, new.priority] += 1
+    house.under_way.began(new.uid, new.key)
+
+    def over() -> None:
+        house.accepting[new.uid, new.priority] -= 1
+        house.under_way.ended(new.uid, new.key)
 
     def accepted(change: Change) -> None:
-        house.accepting[new.uid, new.priority] -= 1
+        over()
         job, run = about(change)
         if change.reused:
             house.metrics.cache_hits += 1
@@ -73,7 +86,7 @@ def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail, *, 
         reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
 
     def refused(error: WhisperdError) -> None:
-        house.accepting[new.uid, new.priority] -= 1
+        over()
         fail(error)
 
     store = house.ledger.store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from typing import Any
 
 from whisperd.daemon.house import House
@@ -49,7 +50,7 @@ class _UploadSubmission:
         fail: Fail,
     ) -> None:
         self._house, self._peer, self._params, self._size_bytes = house, peer, params, size_bytes
-        self._reply, self._fail = reply, fail
+        self._answer, self._answer_error = reply, fail
         self._stored_bytes = 0
         self._copy: Copy | None = None  # from its admission on
         self._ended = False
@@ -66,8 +67,12 @@ class _UploadSubmission:
         )
 
     def begin(self) -> None:
-        """Look the key up. Chunks that come meanwhile are held back."""
+        """Take it up as its connection's upload, or raise `bad_request`; then go on."""
         self._house.uploads.add(self._peer, self._upload)
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Look the key up. Chunks that come meanwhile are held back."""
         key, uid, store = self._params.key, self._peer.uid, self._house.ledger.store
 
         def look(db: sqlite3.Connection, now: float) -> tuple[Any, Answer | None, int]:
@@ -101,20 +106,26 @@ class _UploadSubmission:
         self._reply({"job": self._house.board.show(known.job, known.run).to_wire(), "reused": True})
 
     def _admit(self) -> None:
-        size_bytes = self._size_bytes or 0
-        uid, priority = self._peer.uid, self._params.priority
+        house, size_bytes = self._house, self._size_bytes or 0
+        uid, priority, key = self._peer.uid, self._params.priority, self._params.key
         try:
-            self._house.refuse_when_stopping()
-            self._house.admit(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
+            house.refuse_when_stopping()
         except WhisperdError as error:
             self._end(error)
             return
+        try:
+            house.admit(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
+        except WhisperdError as error:
+            if not house.under_way.maybe_wait(uid, key, self._look_up):
+                self._end(error)
+            return
+        house.under_way.began(uid, key)
         self._copy = Copy(
             uid=uid,
             priority=priority,
             descriptor=None,
             size_bytes=size_bytes or self._upload.received_bytes,
-            folder=self._house.ledger.spool.new_folder(),
+            folder=house.ledger.spool.new_folder(),
             client=self._peer.id,
             started=self._upload.start,
             progressed=lambda progress: self._upload.written(int(progress.done)),
@@ -122,7 +133,7 @@ class _UploadSubmission:
             refused=self._end,
         )
         self._maybe_outlive_client()
-        self._house.receiving.add(self._copy)
+        house.receiving.add(self._copy)
 
     # --- the bytes ---
 
@@ -156,6 +167,21 @@ class _UploadSubmission:
             self._copy.client = None
 
     # --- the end ---
+
+    def _reply(self, result: Mapping[str, Any]) -> None:
+        self._answer(result)
+        self._over()
+
+    def _fail(self, error: WhisperdError) -> None:
+        self._answer_error(error)
+        self._over()
+
+    def _over(self) -> None:
+        uid, key = self._peer.uid, self._params.key
+        if self._copy is not None:
+            self._house.under_way.ended(uid, key)
+        else:  # its client may have gone, and hundreds of others like it
+            self._house.under_way.stop_waiting(uid, key, self._look_up)
 
     def _given_up(self, error: WhisperdError) -> None:
         if self._copy is None:
