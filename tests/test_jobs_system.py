@@ -175,6 +175,18 @@ def test_a_key_is_one_job_also_while_it_is_copied(shared: Daemon, recording: Cal
         assert error_of(lambda: mine.submit(path, key=f"key of {path}", options={"language": "de"})) == "key_conflict"
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"language": "yue"}, "'micro' does not know Cantonese"), ({"suppress_tokens": [51865]}, "beyond the vocabulary")],
+)
+def test_what_the_loaded_model_cannot_do_is_refused_at_the_submit(
+    client: RawClient, recording: Callable[..., Path], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(WhisperdError, match=words) as caught:
+        submit(client, recording(), options=options)
+    assert caught.value.code == "bad_request"
+
+
 # --- cancelling, holding, stopping ---
 
 

@@ -116,7 +116,7 @@ def test_a_ctranslate2_folder_and_a_checkpoint_give_the_same_weights(tmp_path: P
 def test_the_demo_is_tiny_en_with_its_alignment_heads(tmp_path: Path) -> None:
     demo = load("demo", tmp_path)
     assert (demo.name, str(demo.device), demo.dtype_name) == ("demo", "cpu", "float32")
-    assert demo.traits() == {"multilingual": False, "translates": False, "vocabulary": 51864}
+    assert demo.traits() == {"multilingual": False, "languages": 1, "translates": False, "vocabulary": 51864}
     listed = Whisper(demo.whisper.dims)
     listed.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny.en"])
     assert torch.equal(demo.whisper.alignment_heads.to_dense(), listed.alignment_heads.to_dense())
@@ -136,7 +136,7 @@ def test_turbo_is_known_by_its_shape() -> None:
     sizes = dims | {"n_mels": 128, "n_audio_ctx": 1500, "n_text_ctx": 448, "n_audio_layer": 32, "n_text_layer": 4}
     turbo = Whisper(whisper.model.ModelDimensions(**sizes))
     loaded = loading.LoadedModel(whisper=turbo, name="turbo", device=CPU, dtype=torch.float32)
-    assert loaded.traits() == {"multilingual": True, "translates": False, "vocabulary": 51866}
+    assert loaded.traits() == {"multilingual": True, "languages": 100, "translates": False, "vocabulary": 51866}
 
 
 # --- names of openai-whisper's list ---

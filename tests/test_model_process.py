@@ -140,7 +140,7 @@ def helper(place: Path) -> Iterator[Helper]:
     assert isinstance(ready, ModelStatus)
     assert (ready.state, ready.name, ready.capacity) == ("ready", "micro", 3)
     assert (ready.device, ready.dtype) in [("cpu", "float32"), ("cuda:0", "float16")]
-    assert ready.traits == {"multilingual": True, "translates": True, "vocabulary": 51865}
+    assert ready.traits == {"multilingual": True, "languages": 99, "translates": True, "vocabulary": 51865}
     yield helper
     helper.close()
 

@@ -17,12 +17,12 @@ from bench.words import word_error_rate
 from tests.model_bench import Bench, check_same, open_bench, plain, speak_into, write_folders
 from tests.support import requires_program, speak_apart
 from whisperd.model.coverage import Coverage, length_s
-from whisperd.model.run import check_options, clips_of
+from whisperd.model.run import clips_of
 from whisperd.model.speech import Stretch
 from whisperd.model.transcript import WORST_LOGPROB, Transcript, segment_of
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.helper_messages import HelperMessage, JournalEntry, Progress, Segments
-from whisperd.protocol.options import DEFAULTS, parse_options
+from whisperd.protocol.options import DEFAULTS
 
 pytestmark = requires_program("flite")
 
@@ -215,10 +215,10 @@ def test_what_tiny_en_cannot_do(tiny: Bench, options: dict[str, Any], words: str
 
 
 def test_what_base_cannot_do(base: Bench) -> None:
-    with pytest.raises(WhisperdError, match="does not know Cantonese"):
-        check_options(parse_options({"language": "yue"}), base.model)
-    for options in ({}, {"language": "de", "task": "translate"}, {"suppress_tokens": "51864"}):
-        check_options(parse_options(options), base.model)
+    run, _ = base.begin("short", language="yue")
+    with pytest.raises(WhisperdError, match="does not know Cantonese") as raised:
+        run.transcribe()
+    assert raised.value.code == "bad_request"
 
 
 def test_numbers_that_are_none_become_the_worst() -> None:

@@ -54,8 +54,10 @@ class LoadedModel:
 
     def traits(self) -> dict[str, Any]:
         """Return what `ModelStatus` tells of the model."""
+        multilingual = bool(self.whisper.is_multilingual)
         return {
-            "multilingual": bool(self.whisper.is_multilingual),
+            "multilingual": multilingual,
+            "languages": int(self.whisper.num_languages) if multilingual else 1,
             "translates": self.translates,
             "vocabulary": int(self.whisper.dims.n_vocab),
         }

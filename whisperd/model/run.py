@@ -13,20 +13,18 @@ from typing import Any
 
 from whisper import transcribe
 from whisper.audio import FRAMES_PER_SECOND
-from whisper.tokenizer import LANGUAGES
 
 from whisperd.model import fast
 from whisperd.model.coverage import coverage_of, joined
 from whisperd.model.engine import Engine
 from whisperd.model.journal import Journal, read_journal
-from whisperd.model.loading import LoadedModel
 from whisperd.model.mel import FileMel
 from whisperd.model.proxy import ProxyModel
 from whisperd.model.speech import SpeechDetector, SpeechTrack, Stretch, speech_in
 from whisperd.model.transcript import Segment, Timing, Transcript, segment_of
 from whisperd.model.worker import Turn, Worker
+from whisperd.protocol.abilities import check_abilities
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import HelperMessage, JournalEntry, Progress, Segments
 from whisperd.protocol.helper_messages import Transcribe as Order
 
@@ -82,7 +80,7 @@ class Run:
         """
         began = time.monotonic()
         loaded = self._engine.model
-        check_options(self.order.options, loaded)
+        check_abilities(self.order.options, loaded.traits(), loaded.name)
         mel = FileMel(
             self._folder / "audio.pcm",
             n_mels=loaded.whisper.dims.n_mels,
@@ -200,29 +198,6 @@ class Run:
             self._send(
                 Progress(run=self.order.run, generation=self.order.generation, done=self.audio_s, total=self._total_s)
             )
-
-
-def check_options(options: Mapping[str, Any], model: LoadedModel) -> None:
-    """Raise `WhisperdError` (`bad_request`) for options that this model cannot follow."""
-    language, task = options["language"], options["task"]
-    if not model.whisper.is_multilingual and language not in (None, "en"):
-        raise bad_request(
-            f"model {model.name!r} knows English only, not {LANGUAGES[language].title()}; leave language out, "
-            "or ask for a multilingual model"
-        )
-    known = list(LANGUAGES)[: model.whisper.num_languages]
-    if model.whisper.is_multilingual and language is not None and language not in known:
-        raise bad_request(f"model {model.name!r} does not know {LANGUAGES[language].title()}; large-v3 does")
-    if task == "translate" and not model.translates:
-        why = "was not trained to translate" if model.whisper.is_multilingual else "knows English only"
-        raise bad_request(f"model {model.name!r} cannot translate: it {why}; use task 'transcribe' or another model")
-    vocabulary = model.whisper.dims.n_vocab
-    tokens = [int(token) for token in options["suppress_tokens"].split(",") if token]
-    if tokens and max(tokens) >= vocabulary:
-        raise bad_request(
-            f"options: suppress_tokens: {max(tokens)} is beyond the vocabulary of model {model.name!r} "
-            f"(0 to {vocabulary - 1})"
-        )
 
 
 def clips_of(clip_timestamps: str | Sequence[float], total_s: float) -> list[Stretch]:

@@ -261,7 +261,8 @@ class Cancel:
 class ModelStatus:
     """From the model helper, at each change. `traits` says what the model can do, `capacity` how many runs at once.
 
-    traits: `multilingual` bool, `translates` bool, `vocabulary` int; empty until the model is ready.
+    traits: `multilingual` bool, `languages` int (how many of `LANGUAGES` it knows, from the first on), `translates`
+    bool, `vocabulary` int (its tokens); empty until the model is ready.
     `fingerprint` tells this model's answers from another's: a journal is good for one fingerprint.
     """
 

@@ -14,7 +14,7 @@ from whisperd.daemon.house import House
 from whisperd.daemon.lanes.weights import Listener
 from whisperd.daemon.operations.retrying import retry
 from whisperd.daemon.operations.statistics import statistics
-from whisperd.daemon.operations.submitting import check_traits, submit_file
+from whisperd.daemon.operations.submitting import submit_file
 from whisperd.daemon.operations.submitting_fetch import submit_fetch
 from whisperd.daemon.operations.submitting_upload import submit_upload
 from whisperd.daemon.operations.turns import ask_in_turn
@@ -23,6 +23,7 @@ from whisperd.daemon.store.rows import Event, JobRow, RunRow, about
 from whisperd.daemon.watchers import Subscription, Wait
 from whisperd.daemon.wire.server import Peer
 from whisperd.protocol import PROTOCOL_VERSION
+from whisperd.protocol.abilities import check_abilities
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import Raw
 from whisperd.protocol.messages import (
@@ -106,7 +107,9 @@ def _handle_stats(call: Call, params: Stats) -> None:
 def _handle_submit(call: Call, params: Submit) -> None:
     if params.options["mode"] is None:
         params = replace(params, options={**params.options, "mode": call.house.config.mode})
-    check_traits(params.options, call.house.modelling.traits)
+    modelling = call.house.modelling
+    if modelling.traits:  # else it is not loaded: the job is accepted, and fails later of what the model cannot do
+        check_abilities(params.options, modelling.traits, modelling.process.status.name)
     match params.source:
         case FileSource():
             submit_file(call.house, call.peer, params, call.descriptors, call.reply, call.fail)

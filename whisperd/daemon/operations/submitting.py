@@ -65,23 +65,6 @@ def check_descriptors(descriptors: list[int], *, max_bytes: int) -> int:
     return status.size_bytes
 
 
-def check_traits(options: Mapping[str, Any], traits: Mapping[str, Any]) -> None:
-    """Raise `bad_request` for what the loaded model cannot do. Without traits (not loaded yet) nothing is refused."""
-    if not traits:
-        return
-    if options["task"] == "translate" and not traits.get("translates", True):
-        raise bad_request(
-            "options: the loaded model does not translate: leave out `task`, or load a multilingual model"
-        )
-    language = options["language"]
-    if language not in (None, "en") and not traits.get("multilingual", True):
-        raise bad_request(f"options: the loaded model knows English only, not language {language!r}")
-    vocabulary = traits.get("vocabulary", 0)
-    tokens = [int(token) for token in options["suppress_tokens"].split(",") if token]
-    if vocabulary and any(token >= vocabulary for token in tokens):
-        raise bad_request(f"options: suppress_tokens holds a token that the model does not have (it has {vocabulary})")
-
-
 def _kind(mode: int) -> str:
     kinds = {
         stat.S_IFIFO: "a pipe",
