@@ -437,6 +437,19 @@ def test_an_attached_job_is_held_again_after_a_restart_though_nobody_asks(
     assert len(peer.jobs) == 1
 
 
+def test_an_attached_job_is_held_as_it_was_asked_for(peer: Peer, client: Client, talk: Path) -> None:
+    temperatures = [0.0, 0.5]
+    job = client.submit(talk, attached=True, temperature=temperatures)
+    temperatures.append(math.nan)  # the caller's next one may be anything
+    peer.stop()
+    peer.wait_for(lambda: not peer.attached[job.id])
+    peer.start()
+    peer.wait_for(lambda: peer.attached[job.id])
+    assert client.health()["status"] == "ready"
+    sent: list[Any] = [request.params for request in peer.requests if request.op == "submit"]
+    assert [params.options["temperature"] for params in sent] == [[0.0, 0.5]] * 2
+
+
 def test_retry_is_not_done_twice(peer: Peer, client: Client) -> None:
     peer.add_job(state="failed")
     peer.drop["retry"] = 1

@@ -6,7 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -347,7 +348,8 @@ class Client:
             if params["attached"] and not job.ended:
                 with self._holds_lock:
                     held = job.id not in self._holds
-                    self._holds.setdefault(job.id, hold)
+                    # A list among the options is the caller's, who may change it while the job is held.
+                    self._holds.setdefault(job.id, replace(hold, params=deepcopy(hold.params)))
             return job
         except TimeoutError:
             raise JobTimeout(
