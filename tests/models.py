@@ -130,7 +130,9 @@ def _listen(model: Whisper, first_times: torch.Tensor, directions: torch.Tensor)
     cross = model.decoder.blocks[0].cross_attn
     with torch.no_grad():
         silence = model.encoder(log_mel_spectrogram(torch.zeros(N_SAMPLES))[None])[0, -1]
-        sounds = model.encoder(torch.stack([log_mel_spectrogram(s, padding=N_SAMPLES - len(s)) for s in _sounds()]))
+        sounds = model.encoder(
+            torch.stack([log_mel_spectrogram(s, padding=N_SAMPLES - len(s)) for s in calibration_sounds()])
+        )
         loud = sounds[:, :500].mean((0, 1)) - silence
         # Looks at the sounding frames, wherever in the window they are, and at each token a little differently:
         # word times need a difference.
@@ -149,8 +151,8 @@ def _listen(model: Whisper, first_times: torch.Tensor, directions: torch.Tensor)
         cross.out.bias.data = -(cross.out.weight.data @ middle)
 
 
-def _sounds() -> Iterator[torch.Tensor]:
-    """Return ten seconds each of hum and hiss, of many pitches and colours, in syllables."""
+def calibration_sounds() -> Iterator[torch.Tensor]:
+    """Return ten seconds each of hum and hiss, of 18 pitches and colours, in syllables: some for each script."""
     generator = torch.Generator().manual_seed(1)
     time_s = torch.arange(10 * SAMPLE_RATE) / SAMPLE_RATE
     one_s = time_s[:SAMPLE_RATE]  # whole numbers of hertz: every second sounds like the first

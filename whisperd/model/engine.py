@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ class Engine:
 
     `windows` is how many windows of background work may be decoded at once; 0: as many as the device is good for and
     `memory_limit_mb` (of a GPU, 0 for none) leaves room for. `on_step` is called between pieces of work. `release`
-    takes the weights out of `model.whisper` once they are laid out anew.
+    takes the weights out of `model.whisper` once they are laid out anew. `leave` is as `Batcher` has it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Engine:
         memory_limit_mb: int = 0,
         release: bool = False,
         interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
+        leave: Callable[[int], object] = os._exit,
     ) -> None:
         self.model = model
         whisper, dims = model.whisper, model.whisper.dims
@@ -71,10 +73,16 @@ class Engine:
                 windows=self.windows + 1,
                 rows=self.windows + 1,
             )
-        limits = Limits(windows=self.windows, rows=self.windows * _ROWS_A_WINDOW)
+        self._limits = Limits(windows=self.windows, rows=self.windows * _ROWS_A_WINDOW)
         self._aligner = Aligner(whisper, interactive_in_a_row=interactive_in_a_row)
         self._batcher = Batcher(
-            encoder, live, kernels, limits, on_step=on_step, interactive_in_a_row=interactive_in_a_row
+            encoder,
+            live,
+            kernels,
+            self._limits,
+            on_step=on_step,
+            interactive_in_a_row=interactive_in_a_row,
+            leave=leave,
         )
         self.counters = self._batcher.counters
 
@@ -90,14 +98,14 @@ class Engine:
     def gauges(self) -> dict[str, float]:
         """Return the numbers that `stats` shows of the engine."""
         counters = self.counters
-        filled = counters.window_steps / (counters.steps * self.windows) if counters.steps else 0.0
+        filled = counters.window_steps / counters.place_steps if counters.place_steps else 0.0
         return {
             "windows": counters.windows,
             "windows_reused": counters.reused,
             "tokens": counters.tokens,
             "steps": counters.steps,
             "busy_s": counters.busy_s,
-            "batch_windows": self.windows,
+            "batch_windows": self._limits.windows,
             "batch_occupancy": min(1.0, filled),  # an interactive window may be one more
         }
 

@@ -14,6 +14,7 @@ import torch
 
 import whisperd
 from whisperd.model import substitutes
+from whisperd.model.batch.batcher import EXIT_BROKEN
 from whisperd.model.engine import Engine
 from whisperd.model.journal import VoidJournal, fingerprint
 from whisperd.model.loading import LoadedModel, choose_device, load
@@ -42,8 +43,6 @@ from whisperd.protocol.options import parse_options
 
 log = logging.getLogger("whisperd.model")
 
-# The process ends with this when the GPU fails: after such an error every further call in it fails too.
-EXIT_DEVICE_FAILED = 70
 _ASSETS = Path(whisperd.__file__).parent / "assets"
 _MAX_TRANSCRIPT_BYTES = MAX_REPLY_BYTES - 64 * 1024  # the reply around it needs a little room
 
@@ -162,7 +161,7 @@ class ModelHelper:
             )
         log.exception("model: loading failed")
         if is_device_failure(error):
-            os._exit(EXIT_DEVICE_FAILED)
+            os._exit(EXIT_BROKEN)
         return f"model {self._settings.model!r} cannot be loaded: {type(error).__name__}: {error}"
 
     def _try_sample(self) -> None:
@@ -259,7 +258,7 @@ class ModelHelper:
         log.error("model: run failed run=%d", order.run, exc_info=error)
         if is_device_failure(error):
             log.critical("model: the device failed, leaving run=%d", order.run)
-            os._exit(EXIT_DEVICE_FAILED)
+            os._exit(EXIT_BROKEN)
         if isinstance(error, OSError):
             return ErrorCode.INTERNAL, f"the decoded audio cannot be read ({error.strerror or error}); submit it again"
         return ErrorCode.INTERNAL, f"transcribing failed: {type(error).__name__}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -23,6 +25,11 @@ from whisperd.model.threads import start_thread
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
+log = logging.getLogger("whisperd.model")
+
+# The process ends with this when what it has on the device is lost: a new one begins all of it anew.
+EXIT_BROKEN = 70
+
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
@@ -30,10 +37,11 @@ class Counters:
 
     windows: int = 0  # decoded
     reused: int = 0  # not decoded, because their run had the same window before (written by job threads)
-    tokens: int = 0
+    tokens: int = 0  # of all rows: beams and samples count each
     encoded: int = 0
     steps: int = 0
-    window_steps: int = 0  # windows that stepped, added up: window_steps / steps is how full the batch was
+    window_steps: int = 0  # windows that stepped, added up
+    place_steps: int = 0  # likewise the background windows that might have stepped
     busy_s: float = 0.0
 
 
@@ -63,6 +71,7 @@ class Request:
         self.outcome: Any = None
         self.error: BaseException | None = None
         self.encoding: Generator[None, None, Tensor] | None = None
+        self.passed_over = 0  # windows that came later and began earlier, in the background
 
     @property
     def rows(self) -> int:
@@ -88,8 +97,10 @@ class Limits:
 
     def halve(self) -> None:
         """Take half as much, for memory ran out."""
-        self.windows, self.rows = max(1, self.windows // 2), max(1, self.rows // 2)
         self._well = 0
+        if (self.windows, self.rows) != (1, 1):
+            self.windows, self.rows = max(1, self.windows // 2), max(1, self.rows // 2)
+            log.warning("model: out of memory, less is decoded at once windows=%d rows=%d", self.windows, self.rows)
 
     def window_ended(self) -> None:
         """Take twice as much again once enough windows have ended well, but never more than at first."""
@@ -97,6 +108,7 @@ class Limits:
         if self._well >= _WELL_WINDOWS and (self.windows, self.rows) != self._most:
             self.windows, self.rows = min(self.windows * 2, self._most[0]), min(self.rows * 2, self._most[1])
             self._well = 0
+            log.info("model: more is decoded at once again windows=%d rows=%d", self.windows, self.rows)
 
 
 _WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, and what was cut off begins anew
@@ -105,7 +117,8 @@ _WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, 
 class Batcher:
     """Takes requests from any thread and works on all of them at once. `on_step` is called between any two pieces.
 
-    It computes on as many cores as the thread that makes it.
+    It computes on as many cores as the thread that makes it. `leave` ends the process with a status, when the batcher's
+    own work fails: nobody would be served any more.
     """
 
     def __init__(
@@ -117,10 +130,11 @@ class Batcher:
         *,
         on_step: Callable[[], None],
         interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
+        leave: Callable[[int], object] = os._exit,
     ) -> None:
         self.counters = Counters()
         self._encoder, self._live, self._kernels, self._limits = encoder, live, kernels, limits
-        self._on_step = on_step
+        self._on_step, self._leave = on_step, leave
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
         self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
@@ -129,8 +143,8 @@ class Batcher:
     def call(self, request: Request) -> Any:
         """Return the request's outcome once it is there.
 
-        Raises what its work raised; `WhisperdError` (`cancelled`) at the next step once its run is cancelled, and
-        `out_of_memory` when it does not fit even alone.
+        Raises what its work raised, so torch's own error (`is_out_of_memory`) where it does not fit even alone; and
+        `WhisperdError` (`cancelled`) at the next step once its run is cancelled.
         """
         with self._changed:
             self._waiting.append(request)
@@ -148,9 +162,12 @@ class Batcher:
                 began = time.monotonic()
                 try:
                     self._tick()
-                except BaseException as error:  # none may be left waiting for ever
-                    with suppress(RuntimeError):  # who waited was told first
-                        self._give_up([*self._waiting, *self._live.owners], error)
+                except BaseException as error:  # what a request's own work raises does not come here
+                    # Windows may be live that should not be, or half gone. Those who still wait did nothing wrong: they
+                    # are told nothing, and begin anew in another process.
+                    log.critical("model: the batcher failed, leaving", exc_info=error)
+                    self._leave(EXIT_BROKEN)
+                    return
                 self.counters.busy_s += time.monotonic() - began
 
     def _tick(self) -> None:
@@ -171,15 +188,35 @@ class Batcher:
         with self._changed:
             waiting = list(self._waiting)
         interactive = [request for request in waiting if request.turn.interactive]
-        background = [request for request in waiting if not request.turn.interactive]
-        if background and self._interactive_in_a_row >= self._most_in_a_row:
-            order = background  # background work crawls under a stream of interactive work, but it moves
+        background = self._in_turn([request for request in waiting if not request.turn.interactive])
+        if self._interactive_in_a_row >= self._most_in_a_row and self._must_move(background):
+            order = background
         elif interactive or (self._interactive_is_live() and not self._kernels.encodes_beside_steps):
             order = interactive
         else:
             order = background
         order.sort(key=lambda request: request.encoding is None)  # what is half encoded comes first: it holds memory
         return next((request for request in order if self._fits(request)), None)
+
+    def _must_move(self, background: list[Request]) -> bool:
+        """Return whether background work stands still unless it comes first now.
+
+        It crawls under a stream of interactive work, but it moves. While its windows take all its places it does, and
+        interactive work need not wait for one of them to end.
+        """
+        if any(not request.turn.interactive for request in self._live.owners):
+            return any(self._fits(request) for request in background)
+        return bool(background)
+
+    def _in_turn(self, background: list[Request]) -> list[Request]:
+        """Leave out who would pass over somebody whom a batchful of others have passed over.
+
+        A window of many rows seldom fits beside others: the rows that become free from now on are kept for it.
+        """
+        for place, request in enumerate(background):
+            if request.passed_over >= self._limits.windows and not self._fits(request):
+                return background[: place + 1] + [later for later in background[place + 1 :] if later.task is None]
+        return background
 
     def _fits(self, request: Request) -> bool:
         if request.task is None or not self._live.count:
@@ -210,18 +247,24 @@ class Batcher:
                 return
         with self._changed:
             others = any(not each.turn.interactive for each in self._waiting)
-            self._waiting.remove(request)
+            place = self._waiting.index(request)
+            earlier = self._waiting[:place]
+            del self._waiting[place]
         self._interactive_in_a_row = self._interactive_in_a_row + 1 if request.turn.interactive and others else 0
         if request.use is not None:
             request.settle(request.use(window.features))
             return
         assert request.task is not None
         assert request.search is not None
+        if not request.turn.interactive:
+            for each in earlier:
+                each.passed_over += 1
         self._live.begin(request, request.task, request.search(), window.features, speech_until=request.speech_until)
 
     def _step(self) -> None:
         counters, live = self.counters, self._live
         ended = live.step()
+        counters.place_steps += (live.steps - counters.steps) * self._limits.windows
         counters.steps, counters.window_steps, counters.tokens = live.steps, live.window_steps, live.tokens
         for request, outcome in ended:
             counters.windows += 1
