@@ -283,12 +283,12 @@ def test_interactive_windows_do_not_wait_for_background_ones_that_move(tmp_path:
 
 def test_a_window_of_many_rows_gets_its_turn_beside_a_stream_of_narrow_ones(tmp_path: Path) -> None:
     """It fits only alone, and the narrow ones never end together. Urgent ones do not wait for it."""
-    windows, wide = Windows(tmp_path, windows=3), {"beam_size": 15, "sample_len": 8}
+    windows, wide, short = Windows(tmp_path, windows=3), {"beam_size": 15, "sample_len": 8}, {"sample_len": 3}
     narrow = [{"beam_size": 5, "sample_len": 6 + 3 * (n % 3)} for n in range(9)]
 
     def look() -> None:
         if len(windows.begun) == 5 and len(windows._threads) == 10:
-            windows.ask("urgent", interactive=True, sound=1)
+            windows.ask("urgent", interactive=True, sound=1, **short)
             wait_until(lambda: any(request.turn.interactive for request in windows.batcher._waiting))
 
     windows.look = look
@@ -300,7 +300,8 @@ def test_a_window_of_many_rows_gets_its_turn_beside_a_stream_of_narrow_ones(tmp_
     windows.join()
     assert windows.begun[:7] == [*(f"narrow {n}" for n in range(5)), "urgent", "wide"], "three of them passed it over"
     alone = {f"narrow {n}": windows.alone(sound=n, **options) for n, options in enumerate(narrow)}
-    assert windows.outcomes == alone | {"wide": windows.alone(sound=9, **wide), "urgent": windows.alone(sound=1)}
+    alone |= {"wide": windows.alone(sound=9, **wide), "urgent": windows.alone(sound=1, **short)}
+    assert windows.outcomes == alone
 
 
 def test_a_cancelled_window_ends_at_the_next_step_and_the_others_go_on(tmp_path: Path) -> None:

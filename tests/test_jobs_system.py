@@ -66,6 +66,16 @@ def test_a_recording_becomes_a_transcript(client: RawClient, recording: Callable
     assert transcript["duration_s"] == pytest.approx(2, abs=0.01)
     assert transcript["language"] == "en"
     assert {"id", "start", "end", "text", "tokens", "temperature", "avg_logprob"} <= set(transcript["segments"][0])
+    timing = transcript["timing"]
+    assert timing["model_s"] > 0
+    assert timing["windows"] == 1
+    assert timing["tokens"] >= sum(len(segment["tokens"]) for segment in transcript["segments"]) > 10
+    model = wait_until(lambda: (now := client.call("stats")["model"])["windows"] and now, message="its next heartbeat")
+    assert model["tokens"] > timing["tokens"], "the end of a text is a token too"
+    assert model["windows"] <= model["steps"] < model["tokens"]
+    assert model["windows_per_s"] == pytest.approx(model["windows"] / model["busy_s"])
+    assert model["tokens_per_s"] == pytest.approx(model["tokens"] / model["busy_s"])
+    assert 0 < model["batch_occupancy"] <= 1 <= model["batch_windows"]
 
 
 def test_events_are_numbered_without_a_gap_and_tell_the_transcript(

@@ -243,6 +243,8 @@ def test_its_heart_beats_and_shows_the_work(helper: Helper) -> None:
     assert last.gauges["windows"] >= 1
     assert last.gauges["tokens"] > last.gauges["windows"]
     assert last.gauges["audio_s"] >= 8.0
+    assert last.gauges["steps"] > last.gauges["windows"], "three together at most, of more than three steps each"
+    assert (last.gauges["batch_windows"], 0 < last.gauges["batch_occupancy"] <= 1) == (2, True)
 
 
 def test_a_model_that_does_not_load_is_said_and_waited_with(place: Path) -> None:
