@@ -2,6 +2,7 @@
 
 - `micro_checkpoint`: planted weights, made in seconds, about 0.2 s a window. Its words mean nothing, but they depend
   on the audio and on nothing else: for system tests with many jobs.
+- `babbler`: random weights of the same size: whatever is mixed up in a batch, its words are others then.
 
 For what is about words: tiny.en (`whisperd.model.loading.demo_folder`) and base (`bench.weights.base_folder`).
 """
@@ -46,6 +47,28 @@ def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: i
     path = folder / "micro.pt"
     torch.save({"dims": vars(MICRO), "model_state_dict": _weights(segments, words, seed)}, path)
     return path
+
+
+def babbler_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint of `babbler` and return its path."""
+    path = folder / "babbler.pt"
+    torch.save({"dims": vars(MICRO), "model_state_dict": babbler().state_dict()}, path)
+    return path
+
+
+def babbler() -> Whisper:
+    """Return a model of random weights: what it says depends on the audio and all tokens before; it ends at times."""
+    torch.manual_seed(1)
+    model = Whisper(MICRO)
+    model.decoder.positional_embedding.data = torch.randn(MICRO.n_text_ctx, MICRO.n_text_state)
+    for block in model.decoder.blocks:
+        block.cross_attn.out.weight.data *= 8
+    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language="en", task="transcribe")
+    embeddings = model.decoder.token_embedding.weight.data
+    embeddings *= 0.3
+    embeddings[tokenizer.timestamp_begin :] *= 1.2
+    embeddings[tokenizer.eot] *= 5
+    return model.eval()
 
 
 @cache
@@ -130,9 +153,7 @@ def _listen(model: Whisper, first_times: torch.Tensor, directions: torch.Tensor)
     cross = model.decoder.blocks[0].cross_attn
     with torch.no_grad():
         silence = model.encoder(log_mel_spectrogram(torch.zeros(N_SAMPLES))[None])[0, -1]
-        sounds = model.encoder(
-            torch.stack([log_mel_spectrogram(s, padding=N_SAMPLES - len(s)) for s in calibration_sounds()])
-        )
+        sounds = model.encoder(torch.stack([log_mel_spectrogram(s, padding=N_SAMPLES - len(s)) for s in _sounds()]))
         loud = sounds[:, :500].mean((0, 1)) - silence
         # Looks at the sounding frames, wherever in the window they are, and at each token a little differently:
         # word times need a difference.
@@ -151,8 +172,8 @@ def _listen(model: Whisper, first_times: torch.Tensor, directions: torch.Tensor)
         cross.out.bias.data = -(cross.out.weight.data @ middle)
 
 
-def calibration_sounds() -> Iterator[torch.Tensor]:
-    """Return ten seconds each of hum and hiss, of 18 pitches and colours, in syllables: some for each script."""
+def _sounds() -> Iterator[torch.Tensor]:
+    """Return ten seconds each of hum and hiss, of many pitches and colours, in syllables."""
     generator = torch.Generator().manual_seed(1)
     time_s = torch.arange(10 * SAMPLE_RATE) / SAMPLE_RATE
     one_s = time_s[:SAMPLE_RATE]  # whole numbers of hertz: every second sounds like the first

@@ -155,17 +155,7 @@ def times_of(said: list[list[int]], begin: int) -> Times:
 
 @pytest.fixture(scope="module")
 def babbler() -> Whisper:
-    """A model of random weights: what it says depends on the audio and on every token before, and it ends at times."""
-    torch.manual_seed(1)
-    model = Whisper(models.MICRO)
-    model.decoder.positional_embedding.data = torch.randn(models.MICRO.n_text_ctx, models.MICRO.n_text_state)
-    for block in model.decoder.blocks:
-        block.cross_attn.out.weight.data *= 8
-    model.decoder.token_embedding.weight.data *= 0.3
-    tokenizer = task_of(model).tokenizer
-    model.decoder.token_embedding.weight.data[tokenizer.timestamp_begin :] *= 1.2
-    model.decoder.token_embedding.weight.data[tokenizer.eot] *= 5
-    return model.eval()
+    return models.babbler()
 
 
 JOBS: list[dict[str, Any]] = [
