@@ -1,7 +1,7 @@
 """The models that tests run on: all of them openai-whisper's real class and code.
 
-- `micro_checkpoint`: planted weights, made in seconds, about 0.2 s a window. Its words mean nothing, but they depend
-  on the audio and on nothing else: for system tests with many jobs.
+- `micro_checkpoint`: planted weights, made in seconds, about 0.2 s a window. Its words mean nothing and depend on
+  nothing that was said before: for system tests with many jobs.
 - `babbler`: random weights of the same size: whatever is mixed up in a batch, its words are others then.
 
 For what is about words: tiny.en (`whisperd.model.loading.demo_folder`) and base (`bench.weights.base_folder`).
@@ -41,8 +41,9 @@ _TOKENS_A_SECOND = 50
 def micro_checkpoint(folder: Path, *, segments: int = 2, words: int = 5, seed: int = 0) -> Path:
     """Write a checkpoint of the micro model and return its path.
 
-    Each window says one of four scripts of `segments` segments of 1.4 s with `words` words, and is then over. Which
-    one, the window's audio decides. What was said before, prompts and the position in the context change nothing.
+    Each window says one of four scripts of `segments` segments of 1.4 s with `words` words, and is then over. What was
+    said before, prompts and the position in the context change nothing. The window's audio has little weight: hums,
+    hisses and noise were all seen to say the same script, so what must tell recordings apart takes `babbler`.
     """
     path = folder / "micro.pt"
     torch.save({"dims": vars(MICRO), "model_state_dict": _weights(segments, words, seed)}, path)
