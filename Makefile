@@ -59,7 +59,7 @@ check: venv
 bench: venv
 	$(BIN)/python -m bench
 
-# An hour of speech, every token compared with openai-whisper's; it takes half an hour.
+# An hour of speech, every token compared with openai-whisper's (bench/fidelity.py says by what); it takes half an hour.
 fidelity: venv
 	$(BIN)/python -m bench.batch --count 16 --minutes 3.75 --gaps
 

@@ -1,30 +1,36 @@
 """Many recordings at once through the engine, every token compared with openai-whisper's own.
 
 `python -m bench.batch [MODEL] [--minutes M] [--text FILE] [--option NAME=VALUE ...] [--gaps]` also serves as
-`make fidelity`: it tells what differs, how near upstream's own choices were, and by how much ours moves them.
+`make fidelity`: with `--gaps` it tells what differs, how near upstream's own choices were, by how much ours moves them,
+and whether that meets the criterion (`bench.fidelity`), which is about greedy windows in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import torch
 import whisper
 
-from bench.forced import Choices, replay
+from bench.fidelity import Answer, Comparison, compare, verdict
+from bench.forced import Choices, answer_in, describe, replay
 from bench.recordings import TEXT, Spoken, speak_sentences
 from bench.runs import Heard, Runs, at_once
 from bench.upstream import answer_of, arguments_of
 from bench.words import word_error_rate
 from whisperd.model.loading import LoadedModel, load
+from whisperd.protocol.helper_messages import HelperMessage, JournalEntry
 
 _LENGTHS_S = (51, 85, 64, 72, 58, 79, 68, 60)
 
@@ -41,14 +47,21 @@ class Engines:
         for name, each in zip(self._names, recordings, strict=True):
             self.runs.record(name, each.pcm)
 
-    def compare(self, options: dict[str, Any]) -> bool:
-        """Let upstream transcribe them one after the other, then ours all at once; print both. True when equal."""
+    def compare(self, options: dict[str, Any], choices: Choices | None = None) -> bool:
+        """Let upstream transcribe them one after the other, then ours all at once; print both.
+
+        True when equal, or, given `choices`, where upstream's go, when the criterion is met.
+        """
         began = time.perf_counter()
         arguments = arguments_of(options)
-        results = [whisper.transcribe(self.upstream, self.runs.samples(name), **arguments) for name in self._names]
+        results = []
+        for name in self._names:
+            with choices.listening(name) if choices else nullcontext():
+                results.append(whisper.transcribe(self.upstream, self.runs.samples(name), **arguments))
         theirs = Heard(wall_s=time.perf_counter() - began, **answer_of(results))
         print(f"openai-whisper: {self._line(theirs)}", flush=True)
-        ours = at_once(self.runs, self._names, options)
+        answers: dict[str, list[Answer]] = {name: [] for name in self._names}
+        ours = at_once(self.runs, self._names, options, send=lambda name, message: answers[name].extend(_said(message)))
         print(f"whisperd:       {self._line(ours)}; {theirs.wall_s / ours.wall_s:.2f} times as fast", flush=True)
         differ = [name for name, one, other in zip(self._names, ours.said, theirs.said, strict=True) if one != other]
         for name in differ:
@@ -59,7 +72,28 @@ class Engines:
             f"{len(differ)} of {len(self._names)} recordings differ; {equal} of {segments} segments are equal; "
             f"{warm} segments were tried again above temperature 0 (drawn: they differ)"
         )
-        return not differ
+        return self._judge(choices, answers, differ, arguments) if choices else not differ
+
+    def _judge(
+        self, choices: Choices, answers: dict[str, list[Answer]], differ: list[str], arguments: dict[str, Any]
+    ) -> bool:
+        """Print how upstream's answers and ours compare; return whether the criterion is met."""
+        limits = (arguments["logprob_threshold"], arguments["no_speech_threshold"])
+        logprob, no_speech = (math.inf if limit is None else float(limit) for limit in limits)
+        comparisons: list[Comparison] = []
+        for name in self._names:
+            found = compare(choices.answers[name], answers[name], thresholds=(logprob, no_speech))
+            if name in differ and not (found.drawn or found.difference):
+                found.differ("other segments of equal windows")
+            if found.difference:
+                print(f"recording {name}, {'near-tie' if found.near else 'no near-tie'}: {found.difference}")
+            comparisons.append(found)
+        changes = replay(choices, self.runs.engine)
+        if changes:
+            print(describe(choices, changes))
+        met, line = verdict(comparisons, changes)
+        print(line)
+        return met
 
     def _line(self, heard: Heard) -> str:
         errors = 100 * word_error_rate(self._text, " ".join(heard.texts))
@@ -71,6 +105,14 @@ class Engines:
 
 def _load(setting: str, folder: Path, dtype: str) -> LoadedModel:
     return load(setting, cache_dir=folder, device="auto", dtype=dtype, on_step=lambda: None, environ=os.environ)
+
+
+def _said(message: HelperMessage) -> Iterator[Answer]:
+    """Yield what the engine answered about a window, if it is that which a run tells its journal."""
+    if isinstance(message, JournalEntry):
+        _, _, answer = msgpack.unpackb(message.entry)
+        if isinstance(answer, dict):  # neither a language nor words
+            yield answer_in(answer)
 
 
 def _equal_segments(ours: Heard, theirs: Heard) -> tuple[int, int]:
@@ -91,7 +133,7 @@ def _first_difference(result: dict[str, Any], ours: list[list[int]]) -> str:
 
 
 def main() -> int:
-    """Compare as the command line says; return 1 when anything differs."""
+    """Compare as the command line says; return 1 when anything differs, or the criterion is not met."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.batch", description=__doc__.splitlines()[0] if __doc__ else ""
     )
@@ -102,22 +144,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="auto", help="the engine's; upstream computes in float32")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a transcription")
-    parser.add_argument("--gaps", action="store_true", help="tell how near upstream's choices were (greedy only)")
+    parser.add_argument("--gaps", action="store_true", help="judge by how near upstream's choices were (slows it)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     options = {name: ast.literal_eval(value) for name, _, value in (one.partition("=") for one in arguments.option)}
     lengths_s = [arguments.minutes * 60 or _LENGTHS_S[n % len(_LENGTHS_S)] for n in range(arguments.count)]
     recordings = list(speak_sentences(arguments.text.read_text(), lengths_s))
-    choices = Choices()
-    if arguments.gaps:
-        choices.listen()
     with tempfile.TemporaryDirectory(prefix="wb-") as folder:
         engines = Engines(arguments.model, Path(folder), recordings, dtype=arguments.dtype)
-        equal = engines.compare(options)
-        if arguments.gaps:
-            print(replay(choices, engines.runs.engine))
+        well = engines.compare(options, Choices() if arguments.gaps else None)
         print(engines.runs.engine.gauges())
-    return int(not equal)
+    return int(not well)
 
 
 if __name__ == "__main__":

@@ -114,12 +114,18 @@ def load_runs(setting: str, spool: Path, *, threads: int, dtype: str = "auto") -
     return made[0]
 
 
-def at_once(runs: Runs, names: Sequence[str], options: Mapping[str, Any]) -> Heard:
-    """Transcribe recordings beside each other, a thread each."""
+def at_once(
+    runs: Runs,
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    send: Callable[[str, HelperMessage], None] = lambda name, message: None,
+) -> Heard:
+    """Transcribe recordings beside each other, a thread each; `send` takes what they have to say on the way."""
     found: dict[str, dict[str, Any]] = {}
 
     def transcribe(name: str) -> None:
-        found[name] = runs.run(name, options).transcribe().to_wire()
+        found[name] = runs.run(name, options, send=partial(send, name)).transcribe().to_wire()
 
     windows, began = runs.engine.counters.windows, time.perf_counter()
     for thread in [start_thread(partial(transcribe, name), name=name) for name in names]:
