@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from bench.runs import Runs
 from tests.support import speak
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
-from whisperd.protocol.helper_messages import HelperMessage
+from whisperd.model.transcript import Transcript
+from whisperd.protocol.helper_messages import HelperMessage, Progress, Segments
 from whisperd.protocol.options import DEFAULTS, parse_options
 
 
@@ -55,6 +57,22 @@ class Bench(Runs):
     def hooks(self) -> int:
         """Return how many hooks are left on the decoder."""
         return sum(len(module._forward_hooks) for module in self.model.whisper.decoder.modules())
+
+
+def all_of(runs: Sequence[Run], *, arrive: Callable[[int], None] = lambda n: None) -> list[Transcript]:
+    """Return the transcripts of runs beside each other, in threads `run N`: each begins once `arrive(N)` returns."""
+    found: dict[int, Transcript] = {}
+
+    def transcribe(n: int) -> None:
+        found[n] = runs[n].transcribe()
+
+    threads = [threading.Thread(target=transcribe, args=(n,), name=f"run {n}") for n in range(len(runs))]
+    for n, thread in enumerate(threads):
+        arrive(n)
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    return [found[n] for n in range(len(runs))]
 
 
 def plain(upstream: dict[str, Any], *, words: bool) -> list[dict[str, Any]]:
@@ -102,6 +120,19 @@ def check_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None
     """Segments are equal, their scores within 1e-4."""
     assert exact_part(ours) == exact_part(theirs)
     assert scores(ours) == pytest.approx(scores(theirs), abs=1e-4)
+
+
+def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dict[str, Any], *, words: bool) -> None:
+    """A transcript, and what its run sent on the way, are what `whisper.transcribe` gives."""
+    wire = transcript.to_wire()
+    wanted = plain(upstream, words=words)
+    check_same(wire["segments"], wanted)
+    assert (wire["text"], wire["language"]) == (upstream["text"], upstream["language"])
+    live = [segment for message in sent if isinstance(message, Segments) for segment in message.segments]
+    assert live == wire["segments"]
+    progress = [message for message in sent if isinstance(message, Progress)]
+    assert [message.done for message in progress] == sorted({message.done for message in progress})
+    assert progress[-1].done == progress[-1].total == transcript.duration_s
 
 
 def speak_into(spool: Path, text: str, **seconds: float) -> None:

@@ -1,9 +1,14 @@
-"""The batcher on real weights: many runs at once say what each says alone, whoever breaks in."""
+"""The batcher on real weights: runs beside each other say what openai-whisper says about each recording alone.
+
+Recordings of several windows among them, so that prompts grow, seeks move and tries above temperature 0 come in while
+others are on their way.
+"""
 
 from __future__ import annotations
 
 import random
 import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +17,61 @@ import pytest
 import torch
 
 from bench.words import word_error_rate
-from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
-from tests.support import requires_program
+from tests.drawing import upstream_draws
+from tests.model_bench import Bench, all_of, check_equal, open_bench, write_folders
+from tests.support import requires_program, speak, speak_apart, wait_until
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.windows import KeptWindows
+from whisperd.model.journal import Strand
 from whisperd.model.loading import load
-from whisperd.model.run import Run
-from whisperd.model.transcript import Transcript
 from whisperd.protocol.errors import WhisperdError
 
-TEXT = (
+# A window of speech and the beginning of a second: a prompt of a hundred tokens.
+DENSE = (
+    "The harbour was quiet in the morning. A small boat came in with the tide, and two men carried fish to the market. "
+    "Nobody spoke, because there was nothing to say. Later in the day the wind changed, and the boats that were still "
+    "outside began to come home one after the other. The old man at the window counted them, as he did every evening, "
+    "and when the last one was in he closed the shutters and lit his lamp. Then it was night. The sea went on with its "
+    "work, and in the houses people slept until the first bell called them back to the water."
+)
+SHORT = (
     "The harbour was quiet in the morning. A small boat came in with the tide, and two men carried fish to the market."
 )
-# A few seconds each: what they are about is that they run beside each other.
-JOBS: list[dict[str, Any]] = [
-    {},
-    {"condition_on_previous_text": False, "initial_prompt": "A story of the sea."},
-    {"word_timestamps": True, "clip_timestamps": [0, 4]},
-    {"beam_size": 5, "patience": 1.5, "temperature": 0, "clip_timestamps": [1, 5]},
-    {"temperature": [0.0, 0.0], "logprob_threshold": 0.0, "clip_timestamps": [2, 6]},  # always tried again
-    {"suppress_tokens": "", "clip_timestamps": [3]},
-]
+# Three windows, and few words.
+SPARSE = (
+    "Every morning the old man walked down to the river. Nobody ever asked him. Then he went home to his wife. "
+    "On a good day there were more than thirty boats. The children of the village thought that he was waiting. "
+    "In the evening he wrote the number into a small black book"
+)
+A_STORY = "A story of the sea, of an old man, and of the boats that he counted."
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "as it comes": ("dense", {}),
+    "a prompt for each window": ("sparse", {"initial_prompt": A_STORY, "carry_initial_prompt": True}),
+    "no conditioning": (
+        "sparse", {"condition_on_previous_text": False, "initial_prompt": A_STORY, "clip_timestamps": [21]},
+    ),
+    "words in clips": ("sparse", {"word_timestamps": True, "clip_timestamps": [0, 9, 10.5, 20]}),
+    # Always tried again, and drawn then; behind what was drawn above 0.5 the prompt begins anew.
+    "drawn": (
+        "sparse", {"temperature": [0.0, 0.6], "logprob_threshold": 0.0, "best_of": 3, "clip_timestamps": [21]},
+    ),
+    "beams": ("short", {"beam_size": 3, "patience": 1.5, "temperature": 0}),
+    "short": ("short", {}),
+    "no symbol forbidden": ("short", {"suppress_tokens": "", "clip_timestamps": [1]}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spool = tmp_path_factory.mktemp("spool")
-    speak_into(spool, TEXT)
-    write_folders(spool, silence=bytes(2 * 16_000 * 65))
+    speech = {
+        "dense": speak(DENSE, spool / "dense.wav"),
+        "short": speak(SHORT, spool / "short.wav"),
+        "sparse": speak_apart(SPARSE, spool / "sparse.wav", every_s=10.5),
+    }
+    write_folders(spool, **{name: path.read_bytes()[44:] for name, path in speech.items()})
+    write_folders(spool, silence=bytes(2 * 16_000 * 60))
     return spool
 
 
@@ -48,56 +80,55 @@ def tiny(spool: Path) -> Bench:
     return open_bench("demo", spool)
 
 
-def at_once(bench: Bench, runs: list[Run]) -> list[Transcript]:
-    """Return the transcripts of runs that all begin together; interactive ones break in after some steps of others."""
-    found: dict[int, Transcript] = {}
-    batcher, break_in = bench.engine._batcher, threading.Event()
-    break_in_at = bench.engine.counters.steps + 5
-
-    def look() -> None:
-        if bench.engine.counters.steps >= break_in_at and batcher._live.count and not break_in.is_set():
-            break_in.set()
-            with batcher._changed:
-                batcher._changed.wait_for(lambda: any(each.turn.interactive for each in batcher._waiting), 60)
-
-    def work(n: int, run: Run) -> None:
-        if run.turn.interactive:
-            assert break_in.wait(240)
-        found[n] = run.transcribe()
-
-    bench.on_step = look
-    threads = [threading.Thread(target=work, args=each) for each in enumerate(runs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(240)
-    bench.on_step = lambda: None
-    return [found[n] for n in range(len(runs))]
-
-
 @requires_program("flite")
-@pytest.mark.parametrize("count", [2, 5, 16, "5, read late as on a GPU"])
+@pytest.mark.parametrize(
+    ("names", "read_late"),
+    [
+        ([*KINDS, "beams", *["short", "no symbol forbidden"] * 3, "short"], False),
+        (["a prompt for each window", "drawn", "words in clips", "beams"], True),
+    ],
+    ids=["sixteen", "four, read late as on a GPU"],
+)
 def test_runs_beside_each_other_say_what_upstream_says(
-    tiny: Bench, count: int | str, monkeypatch: pytest.MonkeyPatch
+    tiny: Bench, names: list[str], read_late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isinstance(count, str):
+    """Also of what is drawn: upstream draws with the same numbers. Every fourth run breaks in as an urgent one."""
+    if read_late:
         monkeypatch.setattr(Kernels, "reads_late", True)
         monkeypatch.setattr(Kernels, "encodes_beside_steps", True)
-        count = 5
-    jobs = [JOBS[n % len(JOBS)] for n in range(count)]
-    random.Random(count).shuffle(jobs)
-    runs = [tiny.begin(**options)[0] for options in jobs]
-    for run in runs[::4]:
+    seeds, seed = defaultdict[str, list[int]](list), Strand.seed
+
+    def remembered(strand: Strand, question: str) -> int:
+        seeds[threading.current_thread().name].append(number := seed(strand, question))
+        return number
+
+    monkeypatch.setattr(Strand, "seed", remembered)
+    names = random.Random(len(names)).sample(names, len(names))
+    runs = [tiny.begin(folder, **options) for folder, options in map(KINDS.__getitem__, names)]
+    for run, _ in runs[3::4]:
         run.turn.interactive = True
     counters = tiny.engine.counters
     steps, together = counters.steps, counters.window_steps
-    for options, transcript in zip(jobs, at_once(tiny, runs), strict=True):
-        segments = [segment.to_wire() for segment in transcript.segments]
-        for segment in segments:
-            segment.pop("speech", None)
-        check_same(segments, tiny.upstream_segments(**options))
-    if count > 2:
-        assert counters.window_steps - together > 1.5 * (counters.steps - steps), "they stepped together"
+    beside = set[frozenset[bool]]()  # whether the windows that stepped together were urgent ones
+
+    def look() -> None:
+        beside.add(frozenset(request.turn.interactive for request in tiny.engine._batcher._live.owners))
+
+    def arrive(n: int) -> None:
+        wait_until(lambda: counters.steps >= steps + 9 * n, timeout_s=120)  # a window takes more
+
+    monkeypatch.setattr(tiny, "on_step", look)
+    transcripts = all_of([run for run, _ in runs], arrive=arrive)
+    assert {True, False} in beside, "urgent ones broke in"
+    assert counters.window_steps - together > 1.5 * (counters.steps - steps), "they stepped together"
+    for n, (name, (_, sent), transcript) in enumerate(zip(names, runs, transcripts, strict=True)):
+        folder, options = KINDS[name]
+        with upstream_draws(seeds[f"run {n}"]):
+            upstream = tiny.upstream(folder, **options)
+        check_equal(transcript, sent, upstream, words=options.get("word_timestamps", False))
+        if name == "drawn":
+            assert {segment.temperature for segment in transcript.segments} == {0.6}
+        assert transcript.timing.windows >= (1 if folder == "short" else 2)
 
 
 def test_a_window_seen_before_is_not_decoded_again(tiny: Bench) -> None:
@@ -105,11 +136,11 @@ def test_a_window_seen_before_is_not_decoded_again(tiny: Bench) -> None:
     counters = tiny.engine.counters
     windows, reused = counters.windows, counters.reused
     transcript = tiny.begin("silence", **options)[0].transcribe()
-    assert (counters.windows - windows, counters.reused - reused) == (2, 1)
+    assert (counters.windows - windows, counters.reused - reused) == (1, 1)
     assert [segment.tokens for segment in transcript.segments] == [
         segment["tokens"] for segment in tiny.upstream("silence", **options)["segments"]
     ]
-    assert transcript.timing.windows == 2
+    assert transcript.timing.windows == 1
 
 
 @requires_program("flite")
@@ -119,8 +150,8 @@ def test_bfloat16_hears_the_same_words(spool: Path) -> None:
     except WhisperdError as error:
         pytest.skip(error.message)
     bench = Bench(model, spool, release=True)
-    transcript = bench.begin(temperature=0, word_timestamps=True)[0].transcribe()
-    assert word_error_rate(TEXT, transcript.text) < 0.15
+    transcript = bench.begin("short", temperature=0, word_timestamps=True)[0].transcribe()
+    assert word_error_rate(SHORT, transcript.text) < 0.15
     assert all(segment.words for segment in transcript.segments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ import whisper
 from safetensors.torch import save_file
 from whisper.model import Whisper
 
+from bench.recordings import RATE
 from tests import models
+from tests.model_bench import Bench
 from whisperd.model import loading
 from whisperd.model.formats import huggingface
 from whisperd.protocol.errors import WhisperdError
@@ -52,7 +55,14 @@ def tensors_of(model: Whisper) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_folder(folder: Path, model: Whisper, *, pieces: int = 1, config: Mapping[str, Any] | None = None) -> Path:
+def write_folder(
+    folder: Path,
+    model: Whisper,
+    *,
+    pieces: int = 1,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write what `save_pretrained` of a Whisper leaves, in one file or in several with an index."""
     dims = model.dims
     folder.mkdir()
@@ -70,7 +80,7 @@ def write_folder(folder: Path, model: Whisper, *, pieces: int = 1, config: Mappi
     }
     (folder / "config.json").write_text(json.dumps(whole | dict(config or {})))
     (folder / "generation_config.json").write_text(json.dumps({"alignment_heads": [[0, 1]]}))
-    tensors = tensors_of(model)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(model).items()}
     if pieces == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
@@ -102,6 +112,26 @@ def test_the_weights_are_those_of_the_checkpoint(tmp_path: Path, upstream: Whisp
     assert wanted.keys() == given.keys()
     assert all(torch.equal(given[name], value) for name, value in wanted.items())
     assert loaded.whisper.alignment_heads.to_dense().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_two_bytes_are_those_numbers_in_float32(
+    tmp_path: Path, upstream: Whisper, dtype: torch.dtype
+) -> None:
+    """As most folders are published; what they transcribe is what openai-whisper says with weights rounded so."""
+    torch.set_num_threads(1)
+    rounded = copy.deepcopy(upstream)
+    rounded.load_state_dict({name: value.to(dtype).float() for name, value in upstream.state_dict().items()})
+    config = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    loaded = load(write_folder(tmp_path / "published", upstream, config=config, dtype=dtype), tmp_path)
+    given = loaded.whisper.state_dict()
+    assert all(torch.equal(given[name], value) for name, value in rounded.state_dict().items())
+    bench = Bench(loaded, tmp_path, release=True)
+    bench.record("sound", (torch.randn(4 * RATE, generator=torch.Generator().manual_seed(1)) * 3000).short().numpy())
+    transcript = bench.begin("sound", language="en", temperature=0)[0].transcribe()
+    wanted = whisper.transcribe(rounded, bench.samples("sound"), language="en", temperature=0, fp16=False)
+    assert [segment.tokens for segment in transcript.segments] == [segment["tokens"] for segment in wanted["segments"]]
+    assert transcript.text
 
 
 def test_a_last_layer_that_is_the_embedding_is_accepted_and_another_refused(tmp_path: Path, upstream: Whisper) -> None:

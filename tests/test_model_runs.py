@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from bench.recordings import TEXT as STORY
 from bench.recordings import speak_sentences
 from bench.weights import base_folder
 from bench.words import word_error_rate
-from tests.model_bench import Bench, check_same, open_bench, plain, speak_into, write_folders
+from tests.model_bench import Bench, all_of, check_equal, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program, speak_apart
 from whisperd.model.coverage import Coverage, length_s
 from whisperd.model.run import clips_of
 from whisperd.model.speech import Stretch
-from whisperd.model.transcript import WORST_LOGPROB, Transcript, segment_of
+from whisperd.model.transcript import WORST_LOGPROB, segment_of
 from whisperd.protocol.errors import WhisperdError
-from whisperd.protocol.helper_messages import HelperMessage, JournalEntry, Progress, Segments
+from whisperd.protocol.helper_messages import JournalEntry, Progress, Segments
 from whisperd.protocol.options import DEFAULTS
 
 pytestmark = requires_program("flite")
@@ -45,12 +44,12 @@ FEW = (
 
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a spool with `speech` (half a minute and more), `some` of it (two sentences), `short` and `nothing`.
+    """Return a spool with `speech` (half a minute and more), `short` and `nothing` of it.
 
     In `few` four sentences are spoken, ten seconds apart: the last of them in a second window.
     """
     spool = tmp_path_factory.mktemp("spool")
-    speak_into(spool, TEXT, some=9, short=5, nothing=0)
+    speak_into(spool, TEXT, short=5, nothing=0)
     write_folders(spool, few=speak_apart(FEW, spool / "few.wav", every_s=10).read_bytes()[44:])
     return spool
 
@@ -65,84 +64,47 @@ def base(spool: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return open_bench(str(base_folder(tmp_path_factory.mktemp("models"))), spool)
 
 
-def check_equal(transcript: Transcript, sent: list[HelperMessage], upstream: dict[str, Any], *, words: bool) -> None:
-    wire = transcript.to_wire()
-    wanted = plain(upstream, words=words)
-    check_same(wire["segments"], wanted)
-    assert (wire["text"], wire["language"]) == (upstream["text"], upstream["language"])
-    live = [segment for message in sent if isinstance(message, Segments) for segment in message.segments]
-    assert live == wire["segments"]
-    progress = [message for message in sent if isinstance(message, Progress)]
-    assert [message.done for message in progress] == sorted({message.done for message in progress})
-    assert progress[-1].done == progress[-1].total == transcript.duration_s
-
-
 @pytest.mark.parametrize(
     ("folder", "options"),
     [
-        ("speech", {}),
-        ("few", {"word_timestamps": True, "initial_prompt": "A notice about a work.", "carry_initial_prompt": True}),
-        ("speech", {"clip_timestamps": [2, 9.5, 14, 20]}),
         ("speech", {"clip_timestamps": "0,8", "beam_size": 2, "temperature": 0}),
         ("speech", {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "clip_timestamps": [10]}),
     ],
-    ids=["plain", "words", "clips", "beams", "silence"],
+    ids=["beams", "silence"],
 )
 def test_tiny_en_says_what_upstream_says(tiny: Bench, folder: str, options: dict[str, Any]) -> None:
+    """More kinds of options: `test_batcher.py`."""
     run, sent = tiny.begin(folder, **options)
     upstream, words = tiny.upstream(folder, **options), options.get("word_timestamps", False)
     check_equal(run.transcribe(), sent, upstream, words=words)
     assert tiny.hooks() == 0
 
 
-def test_the_words_are_those_that_were_spoken(base: Bench) -> None:
-    run, sent = base.begin("some")
-    transcript = run.transcribe()
-    check_equal(transcript, sent, base.upstream("some"), words=False)
-    assert transcript.language == "en"
-    assert word_error_rate(" ".join(TEXT.split(". ")[:2]), transcript.text) < 0.1
-    assert transcript.model == "base"
-    assert not transcript.truncated
-    assert transcript.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
-
-
-@pytest.mark.parametrize("folder", ["short", "nothing"])
-def test_short_audio_and_none_at_all(base: Bench, folder: str) -> None:
-    run, sent = base.begin(folder, word_timestamps=True)
-    transcript, upstream = run.transcribe(), base.upstream(folder, word_timestamps=True)
-    if folder == "short":
-        assert transcript.segments[0].words
-        check_equal(transcript, sent, upstream, words=True)
-    else:
-        assert (transcript.segments, transcript.text) == ([], "")
-        assert {type(message) for message in sent} == {JournalEntry}, "a language was found in no sound"
-        assert transcript.language == upstream["language"]
-
-
-def test_a_language_and_a_task_reach_the_model(base: Bench) -> None:
-    run, sent = base.begin("short", language="german", task="translate")
-    upstream = base.upstream("short", language="german", task="translate")
-    check_equal(run.transcribe(), sent, upstream, words=False)
-    assert upstream["language"] == "de"
-
-
-def test_two_runs_at_once_do_not_touch_each_other(tiny: Bench) -> None:
-    options = [
-        {"word_timestamps": True, "clip_timestamps": [20]},
-        {"word_timestamps": True, "initial_prompt": "A notice about a work.", "clip_timestamps": [0, 12]},
+def test_base_hears_detects_and_translates_beside_each_other(base: Bench) -> None:
+    jobs: list[tuple[str, dict[str, Any]]] = [
+        ("few", {}),  # the language is detected, and the second window knows the first
+        ("short", {"word_timestamps": True}),
+        ("short", {"language": "german", "task": "translate"}),
     ]
-    runs = [tiny.begin(**each) for each in options]
-    transcripts: dict[int, Transcript] = {}
-    threads = [
-        threading.Thread(target=lambda n=n, run=run: transcripts.update({n: run.transcribe()}))
-        for n, (run, _) in enumerate(runs)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    for n, each in enumerate(options):
-        check_equal(transcripts[n], runs[n][1], tiny.upstream(**each), words=True)
+    runs = [base.begin(folder, **options) for folder, options in jobs]
+    transcripts = all_of([run for run, _ in runs])
+    for (folder, options), (_, sent), transcript in zip(jobs, runs, transcripts, strict=True):
+        words = options.get("word_timestamps", False)
+        check_equal(transcript, sent, base.upstream(folder, **options), words=words)
+    few, short, translated = transcripts
+    assert word_error_rate(FEW, few.text) < 0.1
+    assert (few.model, few.language, translated.language) == ("base", "en", "de")
+    assert not few.truncated
+    assert few.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
+    assert short.segments[0].words
+
+
+def test_no_audio_at_all(base: Bench) -> None:
+    run, sent = base.begin("nothing", word_timestamps=True)
+    transcript, upstream = run.transcribe(), base.upstream("nothing", word_timestamps=True)
+    assert (transcript.segments, transcript.text) == ([], "")
+    assert {type(message) for message in sent} == {JournalEntry}, "a language was found in no sound"
+    assert transcript.language == upstream["language"]
 
 
 # --- cancelling ---
@@ -329,7 +291,7 @@ def test_exact_says_what_it_left_out(tiny: Bench, with_silence: Path) -> None:
     assert transcript.segments == []
     assert transcript.coverage.transcribed_s == 0
     assert length_s(transcript.coverage.gaps) > 0.8 * transcript.coverage.speech_s > 20
-    run, _ = tiny.begin("some")
+    run, _ = tiny.begin("short")
     assert run.transcribe().coverage.gaps == []
 
 

@@ -91,7 +91,7 @@ def tokens(transcript: dict[str, Any]) -> list[list[int]]:
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "as it comes": ("tiny.en", "harbour", {}),
     "language given, word times": ("tiny.en", "few words", {"language": "en", "word_timestamps": True}),
-    "beams, no conditioning": ("tiny.en", "few words", {"beam_size": 3, "condition_on_previous_text": False}),
+    "beams": ("tiny.en", "few words", {"beam_size": 3, "clip_timestamps": [0.0, 14.0]}),
     "prompt and clips": (
         "tiny.en", "harbour", {"initial_prompt": "A story of the sea.", "clip_timestamps": [3.0, 12.0]},
     ),
