@@ -43,11 +43,6 @@ class Bench(Runs):
             self._upstream[key] = self._transcribe(folder, parsed)
         return self._upstream[key]
 
-    def upstream_segments(self, folder: str = "speech", **options: Any) -> list[dict[str, Any]]:
-        """Return upstream's segments with plain numbers, as a transcript has them."""
-        words = bool(options.get("word_timestamps"))
-        return plain(self.upstream(folder, **options), words=words)
-
     def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
         arguments = {name: parsed[name] for name in DEFAULTS}
         arguments |= {"temperature": tuple(parsed["temperature"]), "fp16": False}

@@ -84,10 +84,10 @@ def tiny(spool: Path) -> Bench:
 @pytest.mark.parametrize(
     ("names", "read_late"),
     [
-        ([*KINDS, "beams", *["short", "no symbol forbidden"] * 3, "short"], False),
         (["a prompt for each window", "drawn", "words in clips", "beams"], True),
+        ([*KINDS, "beams", *["short", "no symbol forbidden"] * 3, "short"], False),
     ],
-    ids=["sixteen", "four, read late as on a GPU"],
+    ids=["four, read late as on a GPU", "sixteen"],
 )
 def test_runs_beside_each_other_say_what_upstream_says(
     tiny: Bench, names: list[str], read_late: bool, monkeypatch: pytest.MonkeyPatch
