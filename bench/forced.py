@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from whisper.decoding import ApplyTimestampRules, DecodingTask, PyTorchInference
 
 from bench.fidelity import Answer
 from whisperd.model.batch.batcher import Request
+from whisperd.model.batch.caches import Cache
+from whisperd.model.batch.pieces import Pieces, at_once
 from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.engine import Engine
 from whisperd.model.worker import Turn
@@ -137,8 +140,11 @@ def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
     row_cache, window_cache = decoder.row_cache(len(windows)), decoder.window_cache(len(windows))
     for slot, window in enumerate(windows):
         features, read_at = _features(window.mel, engine), (len(window.prompt) - 1,)
-        logits = decoder.begin(window.prompt, read_at, features, row_cache, slot, window_cache, slot)
-        yield _change(window, 0, logits)
+        offer = partial(_offer, window_cache, slot)
+        prompt = at_once(decoder.begin(window.prompt, read_at, features, offer))
+        for layer, (keys, values) in enumerate(prompt.said):
+            row_cache.put(layer, slot, keys, values)
+        yield _change(window, 0, prompt.logits)
     # All that are left step; a window that is over repeats its last token, so that the others keep their slots.
     for step in range(1, max(len(window.choices) for window in windows)):
         at = [min(step, len(window.choices)) - 1 for window in windows]
@@ -150,9 +156,16 @@ def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
                 yield _change(window, step, logits[slot : slot + 1])
 
 
+def _offer(cache: Cache, slot: int, layer: int, keys: Tensor, values: Tensor) -> None:
+    cache.put(layer, slot, keys, values)
+
+
 def _features(mel: Tensor, engine: Engine) -> Tensor:
-    request = Request(Turn(), KeptWindows().window(mel.cpu()), use=lambda features: features)
-    features: Tensor = engine._batcher.call(request)
+    def use(features: Tensor) -> Pieces[Tensor]:
+        yield
+        return features
+
+    features: Tensor = engine._batcher.call(Request(Turn(), KeptWindows().window(mel.cpu()), use=use))
     return features
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -57,10 +58,10 @@ def babbler_checkpoint(folder: Path) -> Path:
     return path
 
 
-def babbler() -> Whisper:
+def babbler(layers: int = 1) -> Whisper:
     """Return a model of random weights: what it says depends on the audio and all tokens before; it ends at times."""
     torch.manual_seed(1)
-    model = Whisper(MICRO)
+    model = Whisper(replace(MICRO, n_text_layer=layers))
     model.decoder.positional_embedding.data = torch.randn(MICRO.n_text_ctx, MICRO.n_text_state)
     for block in model.decoder.blocks:
         block.cross_attn.out.weight.data *= 8

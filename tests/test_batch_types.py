@@ -19,6 +19,7 @@ from whisperd.model.batch.decoder import Decoder, Routing
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.pasts import Pasts
+from whisperd.model.batch.pieces import at_once
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.rules import apply_rules, rules_of
 from whisperd.model.batch.search import Outcome, search_of
@@ -149,19 +150,17 @@ def test_nothing_is_read_before_the_next_step_is_launched(parts: Parts, options:
 
 @torch.inference_mode()
 def test_a_window_is_encoded_and_begun_in_the_type_of_the_model(parts: Parts) -> None:
-    encoding = parts.encoder.encode(torch.empty(DIMS.n_mels, 3000))
-    while True:
-        try:
-            next(encoding)
-        except StopIteration as end:
-            features = end.value
-            break
+    features = at_once(parts.encoder.encode(torch.empty(DIMS.n_mels, 3000)))
     assert (features.shape, features.dtype, features.device) == (FEATURES, parts.dtype, META)
     rows, windows = parts.decoder.row_cache(2), parts.decoder.window_cache(2)
-    logits = parts.decoder.begin([1, 2, 3, 4], (0, 3), features, rows, 1, windows, 1)
-    assert (logits.shape, logits.dtype) == ((2, DIMS.n_vocab), torch.float32)
+    prompt = at_once(
+        parts.decoder.begin([1, 2, 3, 4], (0, 3), features, lambda layer, k, v: windows.put(layer, 1, k, v))
+    )
+    for layer, (keys, values) in enumerate(prompt.said):
+        rows.put(layer, 1, keys, values)
+    assert (prompt.logits.shape, prompt.logits.dtype) == ((2, DIMS.n_vocab), torch.float32)
     wanted = dict[int, Tensor]()
-    logits = parts.decoder.read_through([1, 2, 3], features, wanted.__setitem__)
+    logits = at_once(parts.decoder.read_through([1, 2, 3], features, wanted.__setitem__))
     assert (logits.shape, logits.dtype) == ((3, DIMS.n_vocab), torch.float32)
     assert {(each.shape, each.dtype) for each in wanted.values()} == {
         ((DIMS.n_text_head, 3, DIMS.n_audio_ctx), torch.float32)

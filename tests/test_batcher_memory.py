@@ -24,6 +24,7 @@ from whisperd.model.batch.batcher import Limits, Request
 from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.pieces import Pieces
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.helper import ModelHelper, Settings
 from whisperd.model.speech import SpeechDetector
@@ -128,8 +129,9 @@ def test_wherever_memory_runs_out_each_window_is_found_once_and_right(tmp_path: 
 def test_what_finds_no_memory_beside_live_windows_does_not_hold_them_up(tmp_path: Path) -> None:
     windows, tried = Windows(tmp_path, windows=3), 0
 
-    def use(features: torch.Tensor) -> str:
+    def use(features: torch.Tensor) -> Pieces[str]:
         nonlocal tried
+        yield
         tried += 1
         if windows.batcher._live.count:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -16,6 +16,7 @@ from whisperd.model.batch.batcher import Batcher, Limits, Request
 from whisperd.model.batch.decoder import Decoder
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.pieces import Pieces
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.search import result_of, search_of
 from whisperd.model.batch.upstream import Aligner, Reading, language_of
@@ -141,7 +142,7 @@ class Engine:
     def detect_language(self, turn: Turn, window: Window) -> tuple[torch.Tensor, dict[str, float]]:
         """Return upstream's answer: the language's token and the probability of each language's code."""
 
-        def use(features: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        def use(features: torch.Tensor) -> Pieces[tuple[torch.Tensor, dict[str, float]]]:
             return language_of(features, self.model.whisper, self._decoder)
 
         answer: tuple[torch.Tensor, dict[str, float]] = self._batcher.call(Request(turn, window, use=use))
@@ -153,10 +154,9 @@ class Engine:
         """Return upstream's word timings of a window."""
         if not text_tokens:
             return []
-        text = self._aligner.text_of(tokenizer, text_tokens)
 
-        def use(features: torch.Tensor) -> Reading:
-            return Reading(text, features, self._decoder, self._aligner.layers)
+        def use(features: torch.Tensor) -> Pieces[Reading]:
+            return self._aligner.read(tokenizer, text_tokens, features, self._decoder)
 
         reading = self._batcher.call(Request(turn, window, use=use))
         return self._aligner.align(turn, reading, tokenizer, text_tokens, num_frames, **options)

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.encoder import Encoder
 from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.pieces import Pieces, at_once
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.search import Search
 from whisperd.model.batch.windows import Window
@@ -46,7 +47,7 @@ class Counters:
 
 
 class Request:
-    """A job's thread waits for it: a window to be decoded, or (without a task) features to be used once.
+    """A job's thread waits for it: a window to be decoded, or (without a task) features to be used once, in pieces.
 
     `done` is set when `outcome`, or `error`, is there.
     """
@@ -58,7 +59,7 @@ class Request:
         *,
         task: DecodingTask | None = None,
         search: Callable[[], Search] | None = None,
-        use: Callable[[Tensor], Any] | None = None,
+        use: Callable[[Tensor], Pieces[Any]] | None = None,
         speech_until: int = 0,
     ) -> None:
         self.turn = turn
@@ -70,7 +71,7 @@ class Request:
         self.done = threading.Event()
         self.outcome: Any = None
         self.error: BaseException | None = None
-        self.encoding: Generator[None, None, Tensor] | None = None
+        self.pieces: Pieces[Any] | None = None  # what is left of its work, once that was begun
         self.passed_over = 0  # windows that came later and began earlier, in the background
 
     @property
@@ -80,7 +81,7 @@ class Request:
 
     def settle(self, outcome: Any = None, error: BaseException | None = None) -> None:
         """End the waiting."""
-        self.encoding = None
+        self.pieces = None
         self.outcome, self.error = outcome, error
         self.done.set()
 
@@ -195,7 +196,7 @@ class Batcher:
             order = interactive
         else:
             order = background
-        order.sort(key=lambda request: request.encoding is None)  # what is half encoded comes first: it holds memory
+        order.sort(key=lambda request: request.pieces is None)  # what is half done comes first: it holds memory
         return next((request for request in order if self._fits(request)), None)
 
     def _must_move(self, background: list[Request]) -> bool:
@@ -221,9 +222,11 @@ class Batcher:
     def _fits(self, request: Request) -> bool:
         if request.task is None or not self._live.count:
             return True
+        beginning = [each for each in self._live.beginning if each is not request]
+        windows = len(self._live.owners) + len(beginning) + 1
         if request.turn.interactive:
-            return len(self._live.owners) <= self._limits.windows
-        windows, rows = len(self._live.owners) + 1, self._live.count + request.rows
+            return windows <= self._limits.windows + 1
+        rows = self._live.count + sum(each.rows for each in beginning) + request.rows
         return windows <= self._limits.windows and rows <= self._limits.rows
 
     def _interactive_is_live(self) -> bool:
@@ -232,34 +235,45 @@ class Batcher:
     # -- pieces of work --------------------------------------------------------------------------------------------
 
     def _further(self, request: Request) -> None:
-        """Encode one block more, or begin what is encoded."""
-        window = request.window
-        if window.features is None:
-            if request.encoding is None:
-                assert window.mel is not None, "a window has its mel until it has features"
-                request.encoding = self._encoder.encode(window.mel)
-            try:
-                next(request.encoding)
-                return
-            except StopIteration as end:
-                window.features, window.mel, request.encoding = end.value, None, None
-                self.counters.encoded += 1
-                return
+        """Compute one piece more of it; after the last one it is live, or answered."""
+        if request.pieces is None:
+            request.pieces = self._pieces(request)
+        try:
+            next(request.pieces)
+            return
+        except StopIteration as end:
+            request.pieces, outcome = None, end.value
         with self._changed:
             others = any(not each.turn.interactive for each in self._waiting)
             place = self._waiting.index(request)
             earlier = self._waiting[:place]
             del self._waiting[place]
         self._interactive_in_a_row = self._interactive_in_a_row + 1 if request.turn.interactive and others else 0
-        if request.use is not None:
-            request.settle(request.use(window.features))
-            return
-        assert request.task is not None
-        assert request.search is not None
-        if not request.turn.interactive:
+        if request.task is None:
+            request.settle(outcome)
+        elif not request.turn.interactive:
             for each in earlier:
                 each.passed_over += 1
-        self._live.begin(request, request.task, request.search(), window.features, speech_until=request.speech_until)
+
+    def _pieces(self, request: Request) -> Pieces[Any]:
+        """Encode the window, a block a piece; then begin or use it, a layer a piece."""
+        window = request.window
+        if window.features is None:
+            assert window.mel is not None, "a window has its mel until it has features"
+            window.features = yield from self._encoder.encode(window.mel)
+            window.mel = None
+            self.counters.encoded += 1
+            yield
+        if request.use is not None:
+            reading = request.use(window.features)
+        else:
+            assert request.task is not None
+            assert request.search is not None
+            reading = self._live.begin_in_pieces(
+                request, request.task, request.search(), window.features, speech_until=request.speech_until
+            )
+        # All layers together are milliseconds of a GPU; a step beside each would have the window begin late.
+        return at_once(reading) if self._kernels.encodes_beside_steps else (yield from reading)
 
     def _step(self) -> None:
         counters, live = self.counters, self._live
@@ -288,7 +302,7 @@ class Batcher:
         try:
             work()
         except BaseException as error:  # it is raised again where the requests came from
-            alone = len({*self._live.owners, *concerned}) == 1
+            alone = len({*self._live.owners, *self._live.beginning, *concerned}) == 1
             if is_out_of_memory(error) and not alone:
                 for request in concerned:
                     self._wait_again(request)
@@ -302,7 +316,7 @@ class Batcher:
     def _take_less(self, *, for_interactive: bool) -> None:
         """Work on half as many windows at once from now on, and give memory back."""
         if for_interactive and self._limits.windows == 1:
-            for request in self._live.owners:
+            for request in (*self._live.owners, *self._live.beginning):
                 self._wait_again(request)
         self._limits.halve()
         try:
@@ -317,7 +331,7 @@ class Batcher:
     def _wait_again(self, request: Request) -> None:
         """Begin a request anew when there is room. It will find the same: what is drawn depends on nothing else."""
         self._live.drop(request)
-        request.encoding = None
+        request.pieces = None
         with self._changed:
             if request not in self._waiting:
                 self._waiting.insert(0, request)

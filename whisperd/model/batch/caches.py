@@ -54,9 +54,20 @@ class Cache:
                 tensors[layer] = new
 
     def put(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Fill a slot with keys and values `(heads, length, width)` of its whole length."""
+        """Fill a slot's first positions with keys and values `(heads, positions, width)`; all where `turned`."""
         for tensors, new in ((self.keys, keys), (self.values, values)):
-            tensors[layer][slot] = new.transpose(-1, -2) if self._turned else new
+            if self._turned:
+                tensors[layer][slot] = new.transpose(-1, -2)
+            else:
+                tensors[layer][slot, :, : new.shape[1]] = new
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two slots have each other's keys and values. Where memory is short nothing has changed."""
+        spare = torch.empty_like(self.keys[0][one])
+        for tensor in (*self.keys, *self.values):
+            spare.copy_(tensor[one])
+            tensor[one] = tensor[other]
+            tensor[other] = spare
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int | None = None) -> None:
         """Copy each (source, target) pair of slots; no target is a source too.

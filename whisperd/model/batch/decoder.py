@@ -1,4 +1,4 @@
-"""The decoder: one step of all rows, the prompt of one window, and a text at once without caches."""
+"""The decoder: one step of all rows; and a layer at a time, the prompt of one window, or a text without caches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.encoder import fused_qkv
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.layers import Linear
+from whisperd.model.batch.pieces import Pieces
 
 _ROWS = 8  # what the layers are laid out for; other numbers work too
 _VOCABULARY_MULTIPLE = 64  # tensor cores want a whole number of tiles
@@ -46,8 +47,19 @@ class Routing:
     places: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt that was read: the logits `(len(read_at), vocabulary)` that were asked for, in float32.
+
+    `said` has each layer's keys and values of its tokens, `(heads, len(tokens), width)`, for a row's slot.
+    """
+
+    logits: Tensor
+    said: list[tuple[Tensor, Tensor]]
+
+
 class Decoder:
-    """openai-whisper's decoder on caches of our own. All methods want `torch.inference_mode`."""
+    """openai-whisper's decoder on caches of our own. All methods want `torch.inference_mode`, so does every `next`."""
 
     def __init__(self, decoder: TextDecoder, kernels: Kernels, *, heads: int, audio_positions: int) -> None:
         self._kernels = kernels
@@ -127,41 +139,42 @@ class Decoder:
                 heard = heard.transpose(1, 2).flatten(0, 1)[routing.places]
             return heard.reshape(count, -1)
 
-        return self._read(self._run(self._embed(tokens, at), attend, listen))
+        x = self._embed(tokens, at)
+        for layer in range(len(self._blocks)):
+            x = self._layer(layer, x, attend, listen)
+        return self._read(x)
 
     def begin(
         self,
         tokens: Sequence[int],
         read_at: Sequence[int],
         features: Tensor,
-        rows: Cache,
-        row: int,
-        windows: Cache,
-        window: int,
-    ) -> Tensor:
-        """Fill a window's slot from its features, and feed a row its prompt.
+        offer: Callable[[int, Tensor, Tensor], None],
+    ) -> Pieces[Prompt]:
+        """Read a prompt against a window's features, a layer at each `next`; the logits are those behind `read_at`.
 
-        Returns the logits `(len(read_at), vocabulary)` behind the tokens at `read_at`.
+        `offer` gets each layer's keys and values of the audio, `(heads, audio positions, width)`.
         """
-        length = len(tokens)
+        said: list[tuple[Tensor, Tensor]] = []
 
-        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            rows.keys[layer][row, :, :length] = keys
-            rows.values[layer][row, :, :length] = values
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return self._attend_causally(qkv, said)
 
         def listen(layer: int, query: Tensor) -> Tensor:
             keys, values = self._offer(layer, features)
-            windows.put(layer, window, keys, values)
+            offer(layer, keys, values)
             # Not from the cache: it is laid out for few queries, and a prompt has hundreds.
             return _join(F.scaled_dot_product_attention(self._split(query)[None], keys[None], values[None])[0])
 
-        x = self._embed_from_start(tokens)
-        return self._read(self._run(x, lambda n, qkv: self._attend_causally(n, qkv, keep), listen, read_at=read_at))
+        x = yield from self._through(self._embed_from_start(tokens), attend, listen, read_at=read_at)
+        return Prompt(logits=self._read(x), said=said)
 
     def read_through(
         self, tokens: Sequence[int], features: Tensor, on_weights: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Feed a whole text at once; return the logits behind each token, `(len(tokens), vocabulary)` float32.
+    ) -> Pieces[Tensor]:
+        """Read a whole text, a layer at each `next`; return the logits behind each token.
+
+        They are `(len(tokens), vocabulary)`, float32.
 
         `on_weights` gets, of each layer, how much each token wants each moment of the audio: before the softmax,
         `(heads, len(tokens), audio positions)` float32, computed as openai-whisper does for word times.
@@ -176,19 +189,31 @@ class Decoder:
             on_weights(layer, wanted)
             return _join(F.softmax(wanted, dim=-1).to(q.dtype) @ values)
 
-        return self._read(self._run(self._embed_from_start(tokens), self._attend_causally, listen))
+        x = self._embed_from_start(tokens)
+        x = yield from self._through(x, lambda layer, qkv: self._attend_causally(qkv), listen)
+        return self._read(x)
 
-    def _run(self, x: Tensor, attend: Attend, listen: Attend, *, read_at: Sequence[int] | None = None) -> Tensor:
+    def _through(
+        self, x: Tensor, attend: Attend, listen: Attend, *, read_at: Sequence[int] | None = None
+    ) -> Pieces[Tensor]:
         """Return what comes out of the last layer for each token, or for those at `read_at` alone."""
-        for layer, block in enumerate(self._blocks):
-            attended = attend(layer, block.qkv(block.norm(x)))
-            if read_at is not None and layer == len(self._blocks) - 1:  # from here on nothing is kept of the others
-                at = self._kernels.send(read_at)
-                x, attended = x[at], attended[at]
-            x = x + block.out(attended)
-            x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
-            x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
-        return self._norm(x)
+        last = len(self._blocks) - 1
+        for layer in range(len(self._blocks)):
+            x = self._layer(layer, x, attend, listen, read_at=read_at if layer == last else None)
+            yield
+        return x
+
+    def _layer(
+        self, layer: int, x: Tensor, attend: Attend, listen: Attend, *, read_at: Sequence[int] | None = None
+    ) -> Tensor:
+        block = self._blocks[layer]
+        attended = attend(layer, block.qkv(block.norm(x)))
+        if read_at is not None:  # from here on nothing is kept of the others
+            at = self._kernels.send(read_at)
+            x, attended = x[at], attended[at]
+        x = x + block.out(attended)
+        x = x + block.cross_out(listen(layer, block.cross_query(block.cross_norm(x))))
+        return x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
 
     def _embed_from_start(self, tokens: Sequence[int]) -> Tensor:
         return self._embed(self._kernels.send(tokens), torch.arange(len(tokens), device=self._kernels.device))
@@ -197,15 +222,13 @@ class Decoder:
         return (self._embeddings[tokens] + self._positions[positions]).to(self._kernels.stream)
 
     def _read(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._logits(x)[:, : self.vocabulary].float()
+        logits: Tensor = self._logits(self._norm(x))[:, : self.vocabulary].float()
         return logits
 
-    def _attend_causally(
-        self, layer: int, qkv: Tensor, keep: Callable[[int, Tensor, Tensor], None] | None = None
-    ) -> Tensor:
+    def _attend_causally(self, qkv: Tensor, said: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
-        if keep is not None:
-            keep(layer, k, v)
+        if said is not None:
+            said.append((k, v))
         return _join(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0])
 
     def _offer(self, layer: int, features: Tensor) -> tuple[Tensor, Tensor]:

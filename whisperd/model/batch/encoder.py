@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from whisper.model import AudioEncoder, MultiHeadAttention, ResidualAttentionBlo
 
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.layers import Linear
+from whisperd.model.batch.pieces import Pieces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Encoder:
             self._blocks.append(_pack(block, kernels, rows=len(self._positions)))
             packed(block)
 
-    def encode(self, mel: Tensor) -> Generator[None, None, Tensor]:
+    def encode(self, mel: Tensor) -> Pieces[Tensor]:
         """Compute a block at each `next`; return the features `(n_audio_ctx, n_audio_state)` of a mel `(n_mels, 3000)`.
 
         Every step of it wants `torch.inference_mode`.

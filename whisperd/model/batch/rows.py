@@ -11,9 +11,10 @@ from torch import Tensor
 from whisper.decoding import DecodingTask
 
 from whisperd.model.batch.choices import Choice, choose
-from whisperd.model.batch.decoder import Decoder, Routing
+from whisperd.model.batch.decoder import Decoder, Prompt, Routing
 from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.pasts import Pasts
+from whisperd.model.batch.pieces import Pieces, at_once
 from whisperd.model.batch.replays import Replays
 from whisperd.model.batch.rules import Rules, apply_rules, key_of, rules_of
 from whisperd.model.batch.search import Outcome, Row, Search
@@ -55,6 +56,13 @@ class _Group(Generic[Owner]):
         return bool(tokens < self.task.sample_len and self.task.sample_begin + tokens <= self.task.n_ctx)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Begun(Generic[Owner]):
+    """A window whose prompt is being read; its place among those is that of its slot behind the live windows'."""
+
+    owner: Owner
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unread(Generic[Owner]):
     """What was chosen and is not known here yet."""
@@ -74,7 +82,7 @@ class LiveRows(Generic[Owner]):
     """Steps the rows of all live windows. Not for several threads; wants `torch.inference_mode`.
 
     The rows in use are always the first ones of the cache, likewise the windows: a slot that becomes free takes the
-    last one.
+    last one. Windows that are being begun have the slots behind those.
 
     Where the device need not wait for the host (`Kernels.reads_late`), a step begins with tokens that only the device
     knows, and what the step before chose is read then. So a window's end is seen one step late; its rows have stepped
@@ -89,6 +97,7 @@ class LiveRows(Generic[Owner]):
         self._window_cache = decoder.window_cache(windows)
         self._pasts = Pasts(rows, kernels.device)
         self._groups: list[_Group[Owner]] = []
+        self._begun: list[_Begun[Owner]] = []
         self._rows: list[tuple[Row, _Group[Owner]]] = []
         self._unread = deque[_Unread[Owner]]()
         self._routing: Routing | None = None
@@ -101,6 +110,11 @@ class LiveRows(Generic[Owner]):
     def owners(self) -> list[Owner]:
         """Whose windows are live, the longest first."""
         return [group.owner for group in self._groups]
+
+    @property
+    def beginning(self) -> list[Owner]:
+        """Whose windows have a slot already, and no row yet."""
+        return [begun.owner for begun in self._begun]
 
     @property
     def count(self) -> int:
@@ -117,40 +131,70 @@ class LiveRows(Generic[Owner]):
         """Give back the memory of slots beyond these, and beyond those in use."""
         if self._replays is not None:
             self._replays.forget()
-        self._resize_windows(min(self._window_cache.slots, max(windows, len(self._groups))))
+        self._resize_windows(min(self._window_cache.slots, max(windows, self._used_windows)))
         self._resize_rows(min(self._row_slots, max(rows, self.count)))
 
     def begin(
         self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
     ) -> None:
-        """Take in a window: its prompt, then its first token, which the next step learns of.
+        """As `begin_in_pieces`, in one piece."""
+        at_once(self.begin_in_pieces(owner, task, search, features, speech_until=speech_until))
+
+    def begin_in_pieces(
+        self, owner: Owner, task: DecodingTask, search: Search, features: Tensor, *, speech_until: int = 0
+    ) -> Pieces[None]:
+        """Take in a window: its prompt, a layer at each `next`, then its first token, which the next step learns of.
+
+        In between others may step, begin, end and be dropped; once its owner is dropped it may not go on.
 
         Where it is known that somebody speaks until `speech_until`, counted in timestamps (20 ms), the text ends there:
         not behind an earlier segment, and no segment begins behind a later one.
         """
-        window, first = len(self._groups), self.count
+        self._grow(self._used_windows + 1, 0)
+        begun = _Begun(owner=owner)
+        self._begun.append(begun)
+
+        def offer(layer: int, keys: Tensor, values: Tensor) -> None:
+            self._window_cache.put(layer, self._slot_of(begun), keys, values)
+
+        tokens = task.initial_tokens
+        try:
+            prompt = yield from self._decoder.begin(tokens, (task.sot_index, len(tokens) - 1), features, offer)
+            self._take_in(begun, task, search, prompt, speech_until)
+        except Exception:
+            self._forget(begun)
+            raise
+
+    def _take_in(
+        self, begun: _Begun[Owner], task: DecodingTask, search: Search, prompt: Prompt, speech_until: int
+    ) -> None:
+        """Let a window whose prompt was read be live: give it rows, and have them choose their first token."""
+        first, length, rules = self.count, len(task.initial_tokens), self._rules(task)
         slots = slice(first, first + search.size)
-        self._grow(window + 1, slots.stop)
-        rules = self._rules(task)
-        prompt = task.initial_tokens
-        read_at = (task.sot_index, len(prompt) - 1)
-        logits = self._decoder.begin(prompt, read_at, features, self._row_cache, first, self._window_cache, window)
-        self._row_cache.spread(first, slice(first + 1, slots.stop), len(prompt))
+        self._grow(0, slots.stop)
+        for layer, (keys, values) in enumerate(prompt.said):
+            self._row_cache.put(layer, first, keys, values)
+        self._row_cache.spread(first, slice(first + 1, slots.stop), length)
         self._pasts.begin(slots, rules.time_begin)
         rows = [Row(slot=first + n, number=n) for n in range(search.size)]
         group = _Group(
-            owner=owner,
+            owner=begun.owner,
             task=task,
             search=search,
             rules=rules,
-            no_speech=self._no_speech(logits[0], task),
+            no_speech=self._no_speech(prompt.logits[0], task),
             rows=rows,
             speech_until=speech_until,
         )
+        slot = self._slot_of(begun)
+        if slot > len(self._groups):  # the one next to the live windows is where it will be
+            self._window_cache.swap(len(self._groups), slot)
+            self._begun[slot - len(self._groups)] = self._begun[0]
+        self._begun.pop(0)
         self._groups.append(group)
         self._rows += [(row, group) for row in rows]
         self._routing_is_stale = True
-        self._choose(logits[1:].repeat(search.size, 1), slots)
+        self._choose(prompt.logits[1:].repeat(search.size, 1), slots)
 
     def step(self) -> Ended[Owner]:
         """Let each row say one token more; return the windows that have ended, with what was found.
@@ -171,9 +215,11 @@ class LiveRows(Generic[Owner]):
         return self._read(but=1 if self._need_not_know else 0)
 
     def drop(self, owner: Owner) -> None:
-        """Give up an owner's window, if it is live."""
+        """Give up an owner's window, if it is live or being begun."""
         for group in [group for group in self._groups if group.owner is owner]:
             self._remove(group)
+        for begun in [begun for begun in self._begun if begun.owner is owner]:
+            self._forget(begun)
 
     # -- on the device ---------------------------------------------------------------------------------------------
 
@@ -261,6 +307,21 @@ class LiveRows(Generic[Owner]):
             self._groups[slot] = self._groups[last]
         self._groups.pop()
         self._routing_is_stale = True
+        if self._begun:  # theirs must go on from the last live one's
+            self._window_cache.copy([(last + len(self._begun), last)])
+            self._begun.insert(0, self._begun.pop())
+
+    def _forget(self, begun: _Begun[Owner]) -> None:
+        if begun not in self._begun:
+            return
+        slot, last = self._slot_of(begun), self._used_windows - 1
+        if slot != last:
+            self._window_cache.copy([(last, slot)])
+            self._begun[slot - len(self._groups)] = self._begun[-1]
+        self._begun.pop()
+
+    def _slot_of(self, begun: _Begun[Owner]) -> int:
+        return len(self._groups) + self._begun.index(begun)
 
     def _close(self, slots: list[int]) -> None:
         for slot in sorted(slots, reverse=True):
@@ -282,8 +343,12 @@ class LiveRows(Generic[Owner]):
     def _row_slots(self) -> int:
         return min(self._row_cache.slots, self._pasts.slots)
 
+    @property
+    def _used_windows(self) -> int:
+        return len(self._groups) + len(self._begun)
+
     def _resize_windows(self, slots: int) -> None:
-        self._window_cache.resize(slots, used=len(self._groups))
+        self._window_cache.resize(slots, used=self._used_windows)
 
     def _resize_rows(self, slots: int) -> None:
         self._row_cache.resize(slots, used=self.count)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,43 +18,76 @@ from torch import Tensor
 from whisper.decoding import detect_language
 from whisper.model import Whisper
 from whisper.timing import WordTiming, backtrace, dtw, dtw_cpu, find_alignment
+from whisper.tokenizer import get_tokenizer
 
 from whisperd.model.batch.decoder import Decoder
+from whisperd.model.batch.pieces import Pieces
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
 
 log = logging.getLogger("whisperd.model")
 
 
 class _OfLanguages:
-    """Asked by `detect_language` for the logits behind one token, of features `(1, n_audio_ctx, n_audio_state)`."""
+    """Asked by `detect_language` for the logits behind its one token, which were computed before."""
 
-    def __init__(self, whisper: Whisper, decoder: Decoder) -> None:
+    def __init__(self, whisper: Whisper, logits: Tensor) -> None:
         self.dims = whisper.dims
         self.is_multilingual = whisper.is_multilingual
         self.num_languages = whisper.num_languages
-        self._decoder = decoder
+        self._logits = logits
 
     def logits(self, tokens: Tensor, features: Tensor) -> Tensor:
-        return self._decoder.read_through(tokens[0].tolist(), features[0])[None]
+        return self._logits[None]
 
 
-def language_of(features: Tensor, whisper: Whisper, decoder: Decoder) -> tuple[Tensor, dict[str, float]]:
-    """Return the language's token and the probability of each language's code."""
-    tokens, probabilities = detect_language(_OfLanguages(whisper, decoder), features[None])
+def language_of(features: Tensor, whisper: Whisper, decoder: Decoder) -> Pieces[tuple[Tensor, dict[str, float]]]:
+    """Return the language's token and the probability of each language's code, for `(n_audio_ctx, n_audio_state)`."""
+    tokenizer = get_tokenizer(whisper.is_multilingual, num_languages=whisper.num_languages)
+    logits = yield from decoder.read_through([tokenizer.sot], features)
+    tokens, probabilities = detect_language(_OfLanguages(whisper, logits), features[None], tokenizer)
     return tokens[0].cpu(), probabilities[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A text read against its audio, on the CPU: the logits, and what its tokens wanted of the audio, by layer."""
+    """What `find_alignment` wants of a text that was read against its audio, on the CPU and nothing more: many wait.
 
-    def __init__(self, tokens: list[int], features: Tensor, decoder: Decoder, layers: set[int]) -> None:
-        self.wanted: dict[int, Tensor] = {}
+    `wanted` is how much each token wants each moment of the audio, of the alignment heads alone: `(heads, tokens, audio
+    positions)`, before the softmax. `probabilities` are those of the text's own tokens.
+    """
 
-        def keep(layer: int, wanted: Tensor) -> None:
-            if layer in layers:
-                self.wanted[layer] = wanted.cpu()
+    wanted: Tensor
+    probabilities: Tensor
 
-        self.logits = decoder.read_through(tokens, features, keep).cpu()
+
+class _Logits:
+    """Stands for the logits of a text: `find_alignment` reads its tokens' probabilities off them, in these three steps.
+
+    It asks for the rows from `first` on and the vocabulary before `end`, for their softmax, and there for each token.
+    """
+
+    def __init__(self, reading: Reading, text_tokens: Sequence[int], *, first: int, end: int) -> None:
+        self._reading, self._text_tokens = reading, text_tokens
+        self._part = slice(first, None), slice(None, end)
+
+    def __getitem__(self, part: tuple[slice, slice]) -> _Logits:
+        assert part == self._part, "find_alignment asks for what was read"
+        return self
+
+    def softmax(self, dim: int) -> _Probabilities:
+        assert dim == -1, "over the vocabulary"
+        return _Probabilities(self._reading, self._text_tokens)
+
+
+class _Probabilities:
+    def __init__(self, reading: Reading, text_tokens: Sequence[int]) -> None:
+        self._reading, self._text_tokens = reading, text_tokens
+
+    def __getitem__(self, each: tuple[Any, Sequence[int]]) -> Tensor:
+        places, tokens = each
+        assert [*places] == [*range(len(self._text_tokens))], "each token behind the ones before it"
+        assert [*tokens] == [*self._text_tokens], "and of this text"
+        return self._reading.probabilities
 
 
 class _CrossAttention:
@@ -66,24 +100,25 @@ class _CrossAttention:
 
 
 class _OfTimes:
-    """Asked by `find_alignment` to read the text; its blocks have the hooks told what was read already."""
+    """Asked by `find_alignment` to read the text; has its hook told what was read already.
+
+    It has one layer, with the alignment heads of all of the model's.
+    """
 
     device = torch.device("cpu")
+    dims = SimpleNamespace(n_text_layer=1)
 
-    def __init__(self, whisper: Whisper, heads: Tensor, reading: Reading) -> None:
-        self.dims = whisper.dims
-        self.alignment_heads = heads
-        self.decoder = SimpleNamespace(
-            blocks=[SimpleNamespace(cross_attn=_CrossAttention()) for _ in range(whisper.dims.n_text_layer)]
-        )
-        self._reading = reading
+    def __init__(self, reading: Reading, logits: _Logits) -> None:
+        self.alignment_heads = torch.ones(1, len(reading.wanted)).to_sparse()
+        self._cross_attention = _CrossAttention()
+        self.decoder = SimpleNamespace(blocks=[SimpleNamespace(cross_attn=self._cross_attention)])
+        self._reading, self._logits = reading, logits
 
-    def __call__(self, mel: Tensor, tokens: Tensor) -> Tensor:
-        for layer, wanted in self._reading.wanted.items():
-            hook = self.decoder.blocks[layer].cross_attn.hook
-            assert hook is not None, "find_alignment hooks every layer"
-            hook(None, None, (wanted[None],))
-        return self._reading.logits[None]
+    def __call__(self, mel: Tensor, tokens: Tensor) -> list[_Logits]:
+        hook = self._cross_attention.hook
+        assert hook is not None, "find_alignment hooks every layer"
+        hook(None, None, (self._reading.wanted[None],))
+        return [self._logits]
 
 
 def compile_alignment() -> None:
@@ -111,18 +146,26 @@ class Aligner:
 
     def __init__(self, whisper: Whisper, *, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW) -> None:
         self.worker = Worker("align", interactive_in_a_row=interactive_in_a_row)
-        self._whisper = whisper
-        self._heads = whisper.alignment_heads.cpu()
-        self.layers = set(self._heads.indices()[0].tolist())
+        self._heads = [(layer, head) for layer, head in whisper.alignment_heads.indices().T.tolist()]
         # Upstream compiles its alignment on first use: for that no job without word times need wait.
         self.worker.begin(compile_alignment)
         # A process that ends under its compiler aborts: wait for it.
         atexit.register(self.worker.call, Turn(), lambda: None)
 
-    @staticmethod
-    def text_of(tokenizer: Any, text_tokens: list[int]) -> list[int]:
-        """Return the text as `find_alignment` has it read."""
-        return [*tokenizer.sot_sequence, tokenizer.no_timestamps, *text_tokens, tokenizer.eot]
+    def read(self, tokenizer: Any, text_tokens: list[int], features: Tensor, decoder: Decoder) -> Pieces[Reading]:
+        """Read a text as `find_alignment` has it read, against features `(n_audio_ctx, n_audio_state)`."""
+        tokens = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *text_tokens, tokenizer.eot]
+        wanted = torch.empty(len(self._heads), len(tokens), len(features))
+
+        def keep(layer: int, of_layer: Tensor) -> None:
+            places = [place for place, (number, _) in enumerate(self._heads) if number == layer]
+            if places:
+                wanted[places] = of_layer[[self._heads[place][1] for place in places]].cpu()
+
+        logits = yield from decoder.read_through(tokens, features, keep)
+        # As it does: behind what comes before the text, of all that is text.
+        probabilities = logits[len(tokenizer.sot_sequence) :, : tokenizer.eot].softmax(dim=-1)
+        return Reading(wanted=wanted, probabilities=probabilities[[*range(len(text_tokens))], text_tokens].cpu())
 
     def align(
         self, turn: Turn, reading: Reading, tokenizer: Any, text_tokens: list[int], num_frames: int, **options: Any
@@ -130,7 +173,8 @@ class Aligner:
         """Return upstream's word timings from a text that has been read."""
 
         def work() -> list[WordTiming]:
-            model = _OfTimes(self._whisper, self._heads, reading)
+            logits = _Logits(reading, text_tokens, first=len(tokenizer.sot_sequence), end=tokenizer.eot)
+            model = _OfTimes(reading, logits)
             timings: list[WordTiming] = find_alignment(
                 model, tokenizer, text_tokens, torch.empty(0), num_frames, **options
             )
