@@ -94,6 +94,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"word_timestamps": 1}, "word_timestamps"),
     ({"initial_prompt": 5}, "initial_prompt"),
     ({"initial_prompt": "x" * 16_385}, "initial_prompt"),
+    ({"initial_prompt": "The end.<|endoftext|>"}, "initial_prompt holds '<|endoftext|>'"),
     ({"temperature": None}, "temperature"),
     ({"temperature": "0"}, "temperature"),
     ({"temperature": []}, "temperature"),
@@ -134,6 +135,21 @@ def test_refused_by_name(options: dict[str, Any], named: str) -> None:
         parse_options(options)
     assert caught.value.code == ErrorCode.BAD_REQUEST
     assert named in caught.value.message
+
+
+def test_a_prompt_is_refused_for_what_whispers_tokenizer_refuses_and_for_nothing_else() -> None:
+    from whisper.tokenizer import get_encoding
+
+    special = get_encoding("multilingual", num_languages=len(LANGUAGES)).special_tokens_set
+    assert get_encoding("gpt2").special_tokens_set < special
+    assert len(special) > 1600
+    for token in special:
+        with pytest.raises(WhisperdError, match="initial_prompt holds") as caught:
+            parse_options({"initial_prompt": f"So it is.{token} And so it goes."})
+        assert token in caught.value.message
+    for prompt in ("<|0.01|>", "<|30.02|>", "<|010.00|>", "<|klingon|>", "<|EN|>", "<| en |>", "<|en>", "a < |b| > c"):
+        get_encoding("multilingual", num_languages=len(LANGUAGES)).encode(prompt)
+        assert parse_options({"initial_prompt": prompt})["initial_prompt"] == prompt
 
 
 @given(st.dictionaries(st.sampled_from(sorted(DEFAULTS | OWN_DEFAULTS)), leaves | st.lists(leaves, max_size=4)))

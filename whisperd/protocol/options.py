@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from whisperd.protocol.fields import Fields, bad_request, is_number
-from whisperd.protocol.languages import language_code
+from whisperd.protocol.languages import LANGUAGES, language_code
 
 MAX_PROMPT_BYTES = 16 * 1024
 MAX_CANDIDATES = 32  # beams, or samples of best_of
 MAX_TEMPERATURES = 16
+
+# The texts that Whisper's tokenizer has a token of its own for; openai-whisper fails of a prompt with one of them. The
+# last ones are times, from 0 to 30 s in steps of 20 ms.
+_WORDS = "endoftext|startoftranscript|translate|transcribe|startoflm|startofprev|nospeech|notimestamps"
+_SPECIAL_TOKEN = re.compile(rf"<\|(?:{_WORDS}|{'|'.join(LANGUAGES)}|[12]?[0-9]\.[0-9][02468]|30\.00)\|>")
 
 DEFAULTS: dict[str, Any] = {
     "language": None,
@@ -52,7 +57,7 @@ def parse_options(values: Any) -> dict[str, Any]:
         "language": _language(fields),
         "task": _task(fields),
         "word_timestamps": fields.boolean("word_timestamps", d["word_timestamps"]),
-        "initial_prompt": fields.text("initial_prompt", None, max_bytes=MAX_PROMPT_BYTES),
+        "initial_prompt": _initial_prompt(fields),
         "temperature": _temperature(fields),
         "beam_size": fields.integer("beam_size", None, low=1, high=MAX_CANDIDATES),
         "best_of": fields.integer("best_of", None, low=1, high=MAX_CANDIDATES),
@@ -108,6 +113,13 @@ def _mode(fields: Fields) -> str | None:
     if mode not in (None, *MODES):
         raise fields.wrong("mode", mode, "'exact' or 'fast'")
     return mode
+
+
+def _initial_prompt(fields: Fields) -> str | None:
+    prompt = fields.text("initial_prompt", None, max_bytes=MAX_PROMPT_BYTES)
+    if prompt is not None and (token := _SPECIAL_TOKEN.search(prompt)):
+        raise bad_request(f"options: initial_prompt holds {token[0]!r}, a sign of Whisper's own: leave it out")
+    return prompt
 
 
 def _temperature(fields: Fields) -> list[float]:
