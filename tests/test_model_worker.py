@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from tests import test_model_process as model_process
 from tests.support import wait_until
@@ -96,6 +98,27 @@ def test_the_helpers_workers_do_as_its_settings_say(micro: Path, tmp_path: Path)
     model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
     engine = Engine(model, on_step=lambda: None, interactive_in_a_row=3)
     assert in_a_row(engine._aligner.worker) == 3
+
+
+def test_a_device_that_failed_silences_no_heartbeat(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = ModelHelper(cast(Any, None), Settings.of(model_process.settings(tmp_path)))
+    model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    helper._engine = engine = Engine(model, on_step=lambda: None)
+    engine.model = replace(model, device=torch.device("cuda"))
+    answers: list[Any] = [(3, 10), torch.AcceleratorError("CUDA error: an illegal memory access was encountered")]
+
+    def ask(device: torch.device) -> tuple[int, int]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return cast("tuple[int, int]", answer)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", ask)
+    well, failed = helper._gauges(), helper._gauges()
+    assert (well.pop("device_used_bytes"), well.pop("device_total_bytes")) == (7, 10)
+    assert failed == well
 
 
 def test_a_cancelled_run_does_not_wait_for_its_turn() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,10 @@ class ModelHelper:
         }
         device = self._engine.model.device
         if device.type == "cuda":
-            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-            gauges |= {"device_used_bytes": total_bytes - free_bytes, "device_total_bytes": total_bytes}
+            # That it failed, who works with it tells; without heartbeats it would look like a process standing still.
+            with suppress(RuntimeError):
+                free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+                gauges |= {"device_used_bytes": total_bytes - free_bytes, "device_total_bytes": total_bytes}
         return gauges
 
 
