@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,45 @@ def test_looking_for_speech_leaves_the_process_its_threads(detector: SpeechDetec
         torch.set_num_threads(threads)
 
 
+def test_looking_for_speech_in_hours_can_be_given_up() -> None:
+    chunks, looks = 40_000, 0
+    probabilities = np.random.default_rng(2).random(chunks).astype(np.float32)
+    whole = speech_in(probabilities, chunks * CHUNK)
+    assert len(whole) > 100
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == most:
+            raise TimeoutError
+
+    most = 20
+    with pytest.raises(TimeoutError):
+        speech_in(probabilities, chunks * CHUNK, check=check)
+    most = 0
+    assert speech_in(probabilities, chunks * CHUNK, check=check) == whole
+    from silero_vad.utils_vad import get_speech_timestamps_from_probs  # not first: it changes the process's threads
+
+    package = get_speech_timestamps_from_probs(probabilities.tolist(), audio_length_samples=chunks * CHUNK)
+    assert whole == [Stretch(start_s=one["start"] / RATE, end_s=one["end"] / RATE) for one in package]
+
+
 @pytest.mark.parametrize("samples", [0, 1, CHUNK])
 def test_hardly_any_audio_holds_no_speech(detector: SpeechDetector, samples: int) -> None:
     assert speech_in(heard(detector, np.zeros(samples, np.float32)), samples) == []
+
+
+class Unsliced(list[Stretch]):
+    """Refuses to be copied in part: for each of thousands of stretches that takes as long as there are others."""
+
+    def __getitem__(self, place: Any) -> Any:
+        assert isinstance(place, int)
+        return super().__getitem__(place)
+
+
+def test_each_stretch_is_compared_with_its_neighbours_alone() -> None:
+    all_of_it, texts = Unsliced(stretches(*range(100))), Unsliced(stretches(*(n + 0.5 for n in range(100))))
+    assert without(all_of_it, texts) == stretches(*(n / 2 for n in range(199) if n % 4 < 2))
 
 
 def test_what_is_covered_and_what_is_not() -> None:

@@ -53,7 +53,8 @@ def without(stretches: Sequence[Stretch], covered: Sequence[Stretch]) -> list[St
         start_s = stretch.start_s
         while first < len(covered) and covered[first].end_s <= start_s:
             first += 1
-        for cover in covered[first:]:
+        for place in range(first, len(covered)):  # not a slice: of ten hours they are 10,000 times 10,000
+            cover = covered[place]
             if cover.start_s >= stretch.end_s:
                 break
             if cover.start_s > start_s:

@@ -107,7 +107,7 @@ class Run:
             else:
                 model = ProxyModel(self._engine, self.turn, self, journal.strand("all"))
                 result = transcribe(model, mel, **options)
-            speech = speech_in(track.probabilities(), mel.samples)
+            speech = speech_in(track.probabilities(), mel.samples, check=self.turn.check)
             segments = self._segments_of(result["segments"])
         finally:
             mel.close()
@@ -127,11 +127,17 @@ class Run:
         )
 
     def _segments_of(self, upstream: Sequence[Mapping[str, Any]]) -> list[Segment]:
-        """Return typed segments, those marked between whose ends nobody speaks. No text is changed."""
+        """Return typed segments, those marked between whose ends nobody speaks. No text is changed.
+
+        Raises `WhisperdError` (`cancelled`): thousands of segments take a second.
+        """
         assert self._track is not None, "listening begins before the first window"
-        speaks = self._track.speaks_between
-        segments = [segment_of(one, words=self._words) for one in upstream]
-        return [replace(segment, speech=speaks(segment.start, segment.end)) for segment in segments]
+        segments = []
+        for one in upstream:
+            self.turn.check()
+            segment = segment_of(one, words=self._words)
+            segments.append(replace(segment, speech=self._track.speaks_between(segment.start, segment.end)))
+        return segments
 
     def _transcribe_fast(
         self,
@@ -147,6 +153,7 @@ class Run:
             min_silence_ms=fast.MIN_SILENCE_MS,
             pad_ms=fast.PAD_MS,
             max_speech_s=fast.MAX_SPEECH_S,
+            check=self.turn.check,
         )
 
         def on_window(found: fast.WindowResult) -> None:

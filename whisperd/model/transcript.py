@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ class Word:
     start: float
     end: float
     probability: float
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the map that a segment carries."""
+        return {"word": self.word, "start": self.start, "end": self.end, "probability": self.probability}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +53,16 @@ class Segment:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the map that transcripts and events carry; `words` only where asked for, `speech` only if False."""
-        wire = asdict(self)
-        if self.words is None:
-            del wire["words"]
-        if self.speech:
-            del wire["speech"]
+        wire = {name: getattr(self, name) for name in _ALWAYS}
+        if self.words is not None:
+            wire["words"] = [word.to_wire() for word in self.words]
+        if not self.speech:
+            wire["speech"] = False
         return wire
+
+
+# `asdict` copies each number of a list by itself: two seconds for ten hours with word times.
+_ALWAYS = [field.name for field in fields(Segment) if field.name not in ("words", "speech")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
