@@ -8,11 +8,16 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from whisper.decoding import DecodingOptions, DecodingTask
 
 from tests import models
 from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program
+from whisperd.model.fast import Unheard
 from whisperd.model.journal import Journal, VoidJournal, fingerprint, read_journal
+from whisperd.model.mel import FileMel, MelWindow
+from whisperd.model.proxy import ProxyModel
+from whisperd.model.worker import Turn, Worker
 from whisperd.protocol.helper_messages import MAX_JOURNAL_ENTRY_BYTES, HelperMessage, JournalEntry, Segments
 
 SENTENCE = "Every morning the old man walked down to the river and counted the boats that went by. "
@@ -146,6 +151,34 @@ def test_a_cancelled_run_is_not_replayed_to_its_end(micro: Bench) -> None:
     with pytest.raises(Exception, match="cancelled"):
         run.transcribe()
     assert segments(again) == []
+    with pytest.raises(Exception, match="cancelled"):
+        run._segments_of([{}])  # of ten hours thousands, at the end
+
+
+def test_a_question_has_no_more_of_the_prompt_than_the_model_reads(micro: Bench) -> None:
+    """With conditioning the prompt is all that was said; the same last tokens are the same question."""
+    journal, counters = list[bytes](), micro.engine.counters
+    proxy = ProxyModel(micro.engine, Turn(), Unheard(), Journal([], journal.append).strand("all"))
+    mel = FileMel(
+        micro.spool / "noise" / "audio.pcm",
+        n_mels=80,
+        worker=Worker("mel"),
+        turn=Turn(),
+        on_window=lambda start, stop: None,
+        on_step=lambda: None,
+    )
+    read = [*range(400, 400 + proxy.dims.n_text_ctx // 2 - 1)]
+    found, tokens, reused = [], [], counters.reused
+    for prompt in (read, [500] * 100_000 + read, read[1:]):
+        options = DecodingOptions(language="en", fp16=False, prompt=prompt)
+        found.append(proxy.decode(MelWindow(mel, 0, 3000), options).tokens)
+        tokens.append(DecodingTask(micro.model.whisper, options).initial_tokens)
+    mel.close()
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert found[0] == found[1]
+    assert counters.reused == reused + 1
+    checks = [msgpack.unpackb(entry)[1] for entry in journal]
+    assert checks[0] == checks[1] != checks[2]
 
 
 # --- journals of something else ---

@@ -6,7 +6,7 @@ the engine.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +60,7 @@ class ProxyModel:
 
     def decode(self, mel: MelWindow, options: DecodingOptions) -> DecodingResult:
         """Decode one window. At further temperatures the same window is not encoded again."""
+        options = self._with_what_is_read(options)
         question = f"window {mel.start} {mel.stop} {options}"
 
         def answer() -> dict[str, Any]:
@@ -71,6 +72,15 @@ class ProxyModel:
 
         self._turn.check()
         return DecodingResult(audio_features=_NO_FEATURES, **self._strand.ask(question, answer))
+
+    def _with_what_is_read(self, options: DecodingOptions) -> DecodingOptions:
+        """Return the options with no more of the prompt than `DecodingTask` reads: its last tokens.
+
+        transcribe gives all that was said so far: after hours most of a megabyte to write down at each temperature.
+        """
+        if not isinstance(options.prompt, list):
+            return options
+        return replace(options, prompt=options.prompt[-(self.dims.n_text_ctx // 2 - 1) :])
 
     def _speech_until(self, mel: MelWindow) -> int:
         into_window_s = self._speech_until_s - mel.start / FRAMES_PER_SECOND
