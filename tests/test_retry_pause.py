@@ -215,6 +215,22 @@ def test_resume_leaves_a_model_that_was_unloaded_before_the_pause(start_daemon: 
         assert client.call("health")["model"]["state"] == "unloaded"
 
 
+def test_resume_leaves_a_model_that_was_unloaded_within_the_pause(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(model=NO_MODEL)
+    with daemon.client() as client:
+        client.call("pause", free_gpu=True)
+        client.call("model", action="unload")
+        client.call("resume")
+        assert client.call("health")["model"]["state"] == "unloaded"
+        client.call("pause", free_gpu=True)
+        client.call("resume")
+        assert client.call("health")["model"]["state"] == "unloaded", "nor by a pause after it"
+        client.call("model", action="load")
+        client.call("pause", free_gpu=True)
+        client.call("resume")
+        assert client.call("health")["model"]["state"] != "unloaded", "what a pause has unloaded is loaded again"
+
+
 @requires_root
 def test_only_administrators_pause(shared: Daemon) -> None:
     with client_as(shared, ANNA) as anna:

@@ -78,7 +78,7 @@ class ModelLane:
         self._told_of_arrival = ""
         self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
-        self._freed = False  # the pause has unloaded the model, so `resume` loads it
+        self._freed = False  # the pause has unloaded the model, and nobody else: `resume` loads it
         self.failed = 0
         self.status_changed: Callable[[], None] = lambda: None
         self.left: Callable[[], None] = lambda: None  # the process has gone, or a run is settled, while all stops
@@ -137,15 +137,16 @@ class ModelLane:
         self.process.load()
 
     def unload(self) -> None:
-        """Give all the helper's memory back; running work returns to the queue."""
+        """Give all the helper's memory back until `load`, also beyond a pause; running work returns to the queue."""
+        self._freed = False
         self.process.unload()
 
     def pause(self, *, free_gpu: bool) -> None:
         """Begin no run any more; with `free_gpu` also give the device's memory back, as `unload` does."""
         self.paused = True
         if free_gpu and not self.held:
-            self._freed = True
             self.unload()
+            self._freed = True
 
     def resume(self) -> None:
         """Begin runs again; load the model if the pause has unloaded it."""
