@@ -96,6 +96,27 @@ def test_events_are_numbered_without_a_gap_and_tell_the_transcript(
     assert events_until_end(client, again) == [{**event, "id": again} for event in numbered[middle:]]
 
 
+def test_events_that_a_follower_says_he_knows_are_not_pushed_when_they_come(
+    shared: Daemon, client: RawClient, recording: Callable[..., Path]
+) -> None:
+    with shared.client() as ahead:
+        client.call("pause")
+        job = submit(client, recording(70))
+        number = ahead.send("subscribe", job=job["id"], after_seq=3)
+        reply = ahead.reply(number)
+        client.call("resume")
+        assert reply["result"]["last_seq"] == 1
+        seqs = [event["seq"] for event in events_until_end(ahead, number) if "seq" in event]
+        assert seqs == list(range(4, seqs[-1] + 1))
+        assert seqs[-1] > 4
+        # The end is told even so: by it a follower knows that nothing more comes.
+        waiting = submit(client, recording(10 * MINUTE_S))
+        number = ahead.send("subscribe", job=waiting["id"], after_seq=1000)
+        assert ahead.reply(number)["ok"]
+        client.call("cancel", job=waiting["id"])
+        assert [event["event"] for event in events_until_end(ahead, number) if "seq" in event] == ["end"]
+
+
 def test_a_users_subscription_tells_of_all_his_jobs(client: RawClient, recording: Callable[..., Path]) -> None:
     number = client.send("subscribe")
     assert client.reply(number)["ok"]

@@ -17,15 +17,21 @@ _Key = tuple[int, int]  # a peer's id, and its request's
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Subscription:
-    """An open `subscribe`. `job_id` None: state and end of all the user's jobs, from now on."""
+    """An open `subscribe`. `job_id` None: state and end of all the user's jobs, from now on.
+
+    Events up to `after_seq` are known there: a client may name a number that its job has not come to yet.
+    """
 
     peer: Peer
     request_id: int
     uid: int
     job_id: int | None
+    after_seq: int = 0
 
     def push(self, event: Event) -> None:
-        """Push a numbered event; the end of its job ends the subscription."""
+        """Push a numbered event; the end of its job, which ends the subscription, is pushed in any case."""
+        if event.seq <= self.after_seq and event.kind != "end":
+            return
         wire = {"id": self.request_id, "event": event.kind, "job": event.job_id, "seq": event.seq, **event.payload}
         self.peer.push(self.request_id, wire)
 

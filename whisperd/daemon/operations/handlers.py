@@ -234,7 +234,9 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
     if call.peer.closed:
         return
     house = call.house
-    subscription = Subscription(peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id)
+    subscription = Subscription(
+        peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id, after_seq=after_seq
+    )
 
     def then(events: list[Event]) -> None:
         if call.peer.closed:
