@@ -29,17 +29,19 @@ class MovedLoop(Loop):
 
 
 def link_on(
-    loop: Loop, config: Config, sock: socket.socket, closed: Callable[[Link], None] = lambda link: None
+    loop: Loop, config: Config, sock: socket.socket, closed: Callable[[Link], None] = lambda link: None, number: int = 1
 ) -> Link:
-    """Return a connection that answers no requests."""
+    """Return a connection that answers no requests; `number` is its peer's."""
     sock.setblocking(False)
     return Link(
         loop,
         config,
         sock,
-        1,
+        number,
         (1, 0, 0),
-        budget=UserBudget(output_bytes=1 << 20, store_calls=1, requests=1, reads=1, soon=loop.call_soon),
+        budget=UserBudget(
+            output_bytes=1 << 20, store_calls=1, requests=1, reads=1, soon=loop.call_soon, turn=lambda: loop.turns
+        ),
         dispatch=lambda peer, request, descriptors: None,
         gone=lambda link: None,
         closed=closed,

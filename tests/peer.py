@@ -159,7 +159,8 @@ class Peer:
                 "id": job_id, "state": "queued", "priority": "background", "uid": os.getuid(), "options": {},
                 "source": {"kind": "fd", "name": "talk.m4a"}, "submitted_at": time.time(), "position": 1,
             } | fields  # fmt: skip
-            self.events[job_id] = []
+            # As of a real daemon, the first event of a file's job says that it waits.
+            self.events[job_id] = [{"event": "state", "job": job_id, "state": "queued", "seq": 1}]
             self.changed.notify_all()
         return job_id
 

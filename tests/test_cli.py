@@ -270,8 +270,8 @@ def test_follow(peer: Peer, ctl: Shell) -> None:
     peer.finish(job, "one", "two")
     done = Result(process)
     assert (done.code, done.out) == (0, "[0:00 - 0:02] one\n[0:02 - 0:04] two\n")
-    events = [json.loads(line) for line in ctl("follow", "1", "--json", "--after-seq", "1").out.splitlines()]
-    assert [(event["event"], event["seq"]) for event in events] == [("state", 2), ("segment", 3), ("end", 4)]
+    events = [json.loads(line) for line in ctl("follow", "1", "--json", "--after-seq", "2").out.splitlines()]
+    assert [(event["event"], event["seq"]) for event in events] == [("state", 3), ("segment", 4), ("end", 5)]
 
 
 def test_list(peer: Peer, ctl: Shell) -> None:

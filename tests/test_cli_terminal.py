@@ -109,6 +109,15 @@ def test_each_segment_once_under_a_true_status_line(peer: Peer, talk: str) -> No
     assert terminal.screen == ["Hello there.", "Good bye."]
 
 
+def test_the_position_stands_while_the_job_waits(peer: Peer, talk: str) -> None:
+    terminal = Terminal(peer, "transcribe", talk)
+    peer.wait_for(lambda: peer.subscribers)
+    peer.hear(1, "Hello.")  # what came before has been taken when this is shown, and the status under it is drawn anew
+    terminal.read_until("Hello.\r\n\r\x1b[Kwaiting, position 1")
+    peer.finish(1, "Hello.")
+    assert (terminal.end(), terminal.screen) == (0, ["Hello."])
+
+
 def test_the_status_says_that_the_model_loads(peer: Peer, talk: str) -> None:
     peer.health["model"]["state"] = "loading"
     terminal = Terminal(peer, "transcribe", talk)

@@ -141,7 +141,7 @@ def test_no_timeout_is_too_long(peer: Peer, client: Client, talk: Path, timeout_
     peer.wait_for(lambda: peer.seen("result") and peer.subscribers)
     peer.finish(job.id, "heard")
     assert waiting().text == " heard"
-    assert following() == ["end"]
+    assert following() == ["state", "end"]
 
 
 def test_a_wait_for_a_message_goes_on_to_its_deadline() -> None:
@@ -398,6 +398,7 @@ def test_follow_resumes_without_gap_or_repeat(peer: Peer, client: Client) -> Non
     job = peer.add_job()
     events = client.follow(job)
     peer.hear(job, "one", "two")
+    assert next(events).kind == "state"
     assert [next(events).segment.text for _ in range(2)] == [" one", " two"]  # type: ignore[union-attr]
     peer.stop()
     peer.hear(job, "three")
@@ -405,10 +406,10 @@ def test_follow_resumes_without_gap_or_repeat(peer: Peer, client: Client) -> Non
     peer.finish(job, "one", "two", "three")
     rest = list(events)
     assert [event.kind for event in rest] == ["segment", "end"]
-    assert [event.seq for event in rest] == [3, 4]
-    assert [event.seq for event in client.follow(job)] == [1, 2, 3, 4]
-    assert [event.seq for event in client.follow(job, after_seq=3)] == [4]
-    assert [event.kind for event in client.follow(job, after_seq=4)] == ["end"]  # it always ends with the end
+    assert [event.seq for event in rest] == [4, 5]
+    assert [event.seq for event in client.follow(job)] == [1, 2, 3, 4, 5]
+    assert [event.seq for event in client.follow(job, after_seq=4)] == [5]
+    assert [event.kind for event in client.follow(job, after_seq=5)] == ["end"]  # it always ends with the end
 
 
 def test_leaving_follow_ends_the_subscription(peer: Peer, client: Client) -> None:

@@ -22,6 +22,7 @@ from whisperd.daemon.state.board import Board
 from whisperd.daemon.state.inventory import Inventory
 from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.state.spool import Spool
+from whisperd.daemon.state.telling import Teller
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.watchers import Watchers
@@ -118,11 +119,13 @@ def test_a_flood_of_stats_is_one_count_at_a_time(tmp_path: Path) -> None:
     loop = Loop()
     database = Database(tmp_path / "db", deliver=loop.call_soon_threadsafe, failed=lambda reason: None)
     spool = CountedSpool(tmp_path / "spool")
+    board, watchers = Board(Turns(16)), Watchers(most_per_user=1, unlimited=lambda uid: True)
     ledger = Ledger(
         database=database,
         store=Store(Retention(jobs_s=1, keys_s=1, failed_audio_s=1)),
-        board=Board(Turns(16)),
-        watchers=Watchers(most_per_user=1, unlimited=lambda uid: True),
+        board=board,
+        watchers=watchers,
+        teller=Teller(loop, board, watchers),
         spool=spool,
         metrics=Metrics(),
     )

@@ -83,8 +83,10 @@ class JobWatch:
     def _take(self, event: Event) -> None:
         match event.kind:
             case "state" if event.state is not None:
-                self._state, self._phase, self._progress, self._eta_s = event.state, "", None, None
-                self._position = None
+                # The past comes first, and says nothing of where the job is by now: that stands until it has moved.
+                if event.state is not self._state:
+                    self._state, self._phase, self._progress, self._eta_s = event.state, "", None, None
+                    self._position = None
             case "progress":
                 self._progress, self._phase = event.progress, event.phase
                 self._position, self._eta_s = event.position, event.eta_s

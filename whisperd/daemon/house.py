@@ -28,6 +28,7 @@ from whisperd.daemon.state.housekeeping import ClockGuard, Housekeeping, seen_at
 from whisperd.daemon.state.inventory import Inventory
 from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.state.spool import Spool
+from whisperd.daemon.state.telling import Teller
 from whisperd.daemon.store import DAY_S, Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.opening import StateError
@@ -69,6 +70,7 @@ class House:
             store=store,
             board=self.board,
             watchers=self.watchers,
+            teller=Teller(loop, self.board, self.watchers),
             spool=Spool(config.state_dir / "spool"),
             metrics=self.metrics,
         )

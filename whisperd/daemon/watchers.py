@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,18 +27,24 @@ class Subscription:
     uid: int
     job_id: int | None
     after_seq: int = 0
+    told: Mapping[str, Any] | None = None  # the progress that was pushed last, since the last move
 
     def push(self, event: Event) -> None:
         """Push a numbered event; the end of its job, which ends the subscription, is pushed in any case."""
         if event.seq <= self.after_seq and event.kind != "end":
             return
+        if event.kind == "state":
+            self.told = None
         wire = {"id": self.request_id, "event": event.kind, "job": event.job_id, "seq": event.seq, **event.payload}
         self.peer.push(self.request_id, wire)
 
-    def push_progress(self, job_id: int, payload: dict[str, Any]) -> None:
-        """Push progress, which carries no number and is left out when the reader is behind."""
+    def push_progress(self, job_id: int, payload: Mapping[str, Any]) -> bool:
+        """Push progress, which carries no number; return False when it was left out, as the reader is behind."""
         wire = {"id": self.request_id, "event": "progress", "job": job_id, **payload}
-        self.peer.push(self.request_id, wire, skippable=True)
+        pushed = self.peer.push(self.request_id, wire, skippable=True)
+        if pushed:
+            self.told = payload
+        return pushed
 
 
 @dataclass(eq=False, slots=True)
@@ -128,6 +134,16 @@ class Watchers:
         """True when somebody follows a job."""
         return job_id in self._subscriptions
 
+    @property
+    def anybody_follows(self) -> bool:
+        """True when any job is followed by itself."""
+        return bool(self._subscriptions)
+
+    def followers(self) -> Iterator[Subscription]:
+        """Yield who follows one job, whichever."""
+        for subscriptions in self._subscriptions.values():
+            yield from subscriptions.values()
+
     def publish(self, events: Iterable[Event]) -> None:
         """Push committed events; ends waits and subscriptions of jobs that ended."""
         for event in events:
@@ -146,7 +162,7 @@ class Watchers:
                 for peer_id in self._holders.pop(event.job_id, ()):
                     self._of_peers[peer_id].held.discard(event.job_id)
 
-    def publish_progress(self, job_id: int, payload: dict[str, Any]) -> None:
+    def publish_progress(self, job_id: int, payload: Mapping[str, Any]) -> None:
         """Push progress of a job to those who follow it."""
         for subscription in self._subscriptions.get(job_id, {}).values():
             subscription.push_progress(job_id, payload)

@@ -95,6 +95,7 @@ class DecodeLane:
         live = self._ledger.board.runs[run_id]
         self._active[run_id] = live.row.folder or ""
         live.phase = "decoding"
+        self._ledger.teller.tell(run_id)
         generation = next(self._generations)
         self.pool.run(
             Task(
@@ -112,6 +113,7 @@ class DecodeLane:
         live = self._ledger.board.runs.get(run_id)
         if live is not None:
             live.phase = f"decoding ({progress.done:.0f} s so far)"
+            self._ledger.teller.tell(run_id)
 
     def _answered(self, run_id: int, message: HelperMessage) -> None:
         if isinstance(message, Decoded):
@@ -147,6 +149,7 @@ class DecodeLane:
             live = self._ledger.board.runs.get(run_id)
             if live is not None:
                 live.phase = phase
+                self._ledger.teller.tell(run_id)
             self.pump()
 
         record(self._loop, self._ledger, run_id, call, then)

@@ -182,13 +182,7 @@ class FetchLane:
         if live is None:
             return
         live.phase = _downloading(progress)
-        self._tell(live)
-
-    def _tell(self, live: LiveRun) -> None:
-        for job in self._ledger.board.jobs_of(live.row.id):
-            if self._ledger.watchers.watched(job.id):
-                payload = {"progress": 0.0, "phase": live.phase, "position": None, "eta_s": None}
-                self._ledger.watchers.publish_progress(job.id, payload)
+        self._ledger.teller.tell(run_id)
 
     def _answered(self, live: LiveRun, folder: str, message: HelperMessage) -> None:
         run_id, store = live.row.id, self._ledger.store
@@ -281,7 +275,7 @@ class FetchLane:
             live = self._ledger.board.runs.get(run_id)
             if live is not None:
                 live.phase = phase
-                self._tell(live)
+                self._ledger.teller.tell(run_id)
             self.pump()
 
         record(self._loop, self._ledger, run_id, call, then)

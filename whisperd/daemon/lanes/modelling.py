@@ -6,6 +6,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from whisperd.daemon.config import Config
@@ -75,7 +76,6 @@ class ModelLane:
         )
         self._open: dict[int, _Open] = {}
         self._trials = Trials(config.suspect_windows)
-        self._told_of_arrival = ""
         self._idleness = Idleness(loop, self._fall_asleep)
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
         self._freed = False  # the pause has unloaded the model, and nobody else: `resume` loads it
@@ -162,19 +162,12 @@ class ModelLane:
 
     def _status_changed(self) -> None:
         self.status_changed()
-        if self.process.arrival.words or self._told_of_arrival:
-            self._tell_of_arrival()
+        words = self.process.arrival.words
+        if not words and self.state == "loading":
+            words = f"loading the model {Path(self.process.status.name).name}"
+        self._ledger.board.note_model(words)
+        self._ledger.teller.look()
         self.pump()
-
-    def _tell_of_arrival(self) -> None:
-        """The model is being downloaded: say how far that is where its end is waited for."""
-        words = self._told_of_arrival = self.process.arrival.words
-        for live in self.candidates():
-            live.phase = words or "waiting for the model"
-            for job in self._ledger.board.jobs_of(live.row.id):
-                if self._ledger.watchers.watched(job.id):
-                    payload = {"progress": 0.0, "phase": live.phase, "position": None, "eta_s": None}
-                    self._ledger.watchers.publish_progress(job.id, payload)
 
     # -- giving out work -------------------------------------------------------------------------------------------
 
@@ -407,10 +400,7 @@ class ModelLane:
         if started is not None and live.progress > 0:
             elapsed_s = max(0.0, self._ledger.clock() - started)
             live.eta_s = elapsed_s * (1 - live.progress) / live.progress
-        for job in jobs:
-            if self._ledger.watchers.watched(job.id):
-                payload = {"progress": live.progress, "phase": live.phase, "position": None, "eta_s": live.eta_s}
-                self._ledger.watchers.publish_progress(job.id, payload)
+        self._ledger.teller.tell(run_id)
 
     def _on_gone(self, died: bool) -> None:
         """Return what the helper had to the queue; if it died, all that was in it are suspects."""

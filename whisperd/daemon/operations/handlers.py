@@ -253,6 +253,7 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
             _push_events(call, job_id, events[-1].seq)
         elif job_id in house.board.jobs:
             house.watchers.subscribe(subscription)
+            house.ledger.teller.came()
         else:
             _end_subscription(call)  # it ended before `after_seq`, or was forgotten meanwhile
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from whisperd.daemon.scheduler import Turns, Waiting, in_order
+from whisperd.daemon.scheduler import Turns, Waiting
+from whisperd.daemon.state.line import Line
 from whisperd.daemon.store.rows import Change, JobRow, RunRow
 from whisperd.protocol.jobs import WAITING, Job, JobState, Priority
 
@@ -41,17 +43,21 @@ class Board:
         self.jobs: dict[int, JobRow] = {}
         self.runs: dict[int, LiveRun] = {}
         self.turns = turns  # the model lane's: positions are told by them
+        self.moves = 0  # grows with whatever may change what those who wait are told
+        self._model_words = ""
+        self._line = Line(turns)
         self._jobs_of: dict[int, set[int]] = {}
-        self._positions: dict[int, int] | None = None  # made anew when first asked for after a change
         self._waiting: Counter[tuple[int, Priority]] | None = None
 
     def apply(self, change: Change) -> None:
         """Take over what a committed call changed."""
-        self._positions = self._waiting = None
+        self._waiting = None
+        touched = {run.id for run in change.runs} | {job.run_id for job in change.jobs} | set(change.gone_runs)
         for run in change.runs:
             if run.state.ended:
                 self.runs.pop(run.id, None)
             elif (live := self.runs.get(run.id)) is not None:
+                self.moves += live.row.state is not run.state
                 live.row = run
             else:
                 first = "waiting for the model" if run.decoded else "waiting for decoding"
@@ -62,12 +68,22 @@ class Board:
             known = self.jobs.get(job.id)
             if known is not None and known.run_id != job.run_id:  # its work was found to be another run's
                 self._leave(known)
+                touched.add(known.run_id)
             if job.state.ended:
                 self.jobs.pop(job.id, None)
                 self._leave(job)
             else:
                 self.jobs[job.id] = job
                 self._jobs_of.setdefault(job.run_id, set()).add(job.id)
+        for run_id in touched:
+            self._line_up(run_id)
+
+    def _line_up(self, run_id: int) -> None:
+        live = self.runs.get(run_id)
+        if live is None or live.row.state not in WAITING:
+            self.moves += self._line.remove(run_id)
+        else:
+            self.moves += self._line.put(run_id, live.row.uid, self.priority(run_id))
 
     def _leave(self, job: JobRow) -> None:
         mates = self._jobs_of.get(job.run_id, set())
@@ -100,16 +116,31 @@ class Board:
 
     def position(self, run_id: int) -> int | None:
         """Return a waiting run's place in the order of the model lane, 1 = next; None for one that does not wait."""
-        if self._positions is None:
-            queued = [run for run in self.runs.values() if run.row.state in WAITING]
-            ordered = in_order(self.waiting(queued), self.turns)
-            self._positions = {piece.id: place for place, piece in enumerate(ordered, start=1)}
-        return self._positions.get(run_id)
+        return self._line.place(run_id)
 
     def served(self, run_id: int) -> None:
         """Note that the model lane took a run: its user's turn is over."""
         self.turns.serve(self.priority(run_id), self.runs[run_id].row.uid)
-        self._positions = None
+        self.moves += 1
+
+    def note_model(self, words: str) -> None:
+        """Note for people why the model cannot work yet (it is being loaded); "" when that is not so."""
+        self.moves += words != self._model_words
+        self._model_words = words
+
+    def phase(self, live: LiveRun) -> str:
+        """Return in a few words, for people, what a run does or waits for."""
+        waits_for_the_model = live.row.state is JobState.QUEUED and live.row.decoded
+        return self._model_words if waits_for_the_model and self._model_words else live.phase
+
+    def progress(self, live: LiveRun) -> dict[str, Any]:
+        """Return what a `progress` event says of a run."""
+        return {
+            "progress": live.progress,
+            "phase": self.phase(live),
+            "position": self.position(live.row.id),
+            "eta_s": live.eta_s,
+        }
 
     def show(self, job: JobRow, run: RunRow) -> Job:
         """Return a job as replies show it, with progress and position where it lives."""
@@ -125,7 +156,7 @@ class Board:
             started_at=job.started_at,
             ended_at=job.ended_at,
             position=None if live is None else self.position(run.id),
-            phase=str(job.state) if live is None else live.phase,
+            phase=str(job.state) if live is None else self.phase(live),
             progress=live.progress if live else float(job.state is JobState.DONE),
             eta_s=None if live is None else live.eta_s,
             audio_s=run.audio_s,

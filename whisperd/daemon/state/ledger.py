@@ -1,7 +1,7 @@
 """Commit before effect: one place where store calls are made and what they changed is told on.
 
 `commit` runs a store call in the store thread; after its commit the board takes the change over, doomed folders are
-deleted, events are pushed, the lanes look for work, and only then the caller goes on.
+deleted, events are pushed, the lanes look for work, who waits hears of a moved queue, and only then the caller goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from whisperd.daemon.metrics import Metrics
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.state.spool import Spool
+from whisperd.daemon.state.telling import Teller
 from whisperd.daemon.store import Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import Change
@@ -39,6 +40,7 @@ class Ledger:
         store: Store,
         board: Board,
         watchers: Watchers,
+        teller: Teller,
         spool: Spool,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
@@ -47,6 +49,7 @@ class Ledger:
         self.store = store
         self.board = board
         self.watchers = watchers
+        self.teller = teller
         self.spool = spool
         self.metrics = metrics
         self.clock = clock
@@ -82,6 +85,7 @@ class Ledger:
             self._note(change)
             self.watchers.publish(change.events)
             self.changed(change)
+            self.teller.look()
             then(change)
 
         self._call(call, committed, failed, by=by, new_work=new_work)
