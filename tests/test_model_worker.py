@@ -9,14 +9,21 @@ from typing import Any, cast
 
 import pytest
 import torch
+from whisper.tokenizer import get_tokenizer
 
 from tests import test_model_process as model_process
+from tests.held_batcher import window_of
 from tests.support import wait_until
 from whisperd.model.engine import Engine
 from whisperd.model.helper import ModelHelper, Settings
 from whisperd.model.loading import load
+from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
 from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.helper_messages import Transcribe
+from whisperd.protocol.helpers import HelperLink
+from whisperd.protocol.options import parse_options
+from whisperd.protocol.systemd import Watchdog
 
 
 class Held:
@@ -98,6 +105,52 @@ def test_the_helpers_workers_do_as_its_settings_say(micro: Path, tmp_path: Path)
     model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
     engine = Engine(model, on_step=lambda: None, interactive_in_a_row=3)
     assert in_a_row(engine._aligner.worker) == 3
+
+
+def test_few_texts_at_a_time_are_read_for_the_times_of_their_words(micro: Path, tmp_path: Path) -> None:
+    """What was read takes memory until it is aligned. Interactive runs do not wait, cancelled ones neither."""
+    model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    engine = Engine(model, on_step=lambda: None)
+    link = HelperLink(cast(Any, None), {}, Watchdog())
+    helper = ModelHelper(link, Settings.of(model_process.settings(tmp_path)))
+    helper._engine, helper._speech = engine, SpeechDetector()
+    order = Transcribe(run=1, generation=0, folder="", options=parse_options({}), interactive=False, truncated=False,
+                       journal=0, told=0)  # fmt: skip
+    helper._runs[1, 0] = urgent = helper._run(order, spool=tmp_path, send=lambda message: None)
+    tokenizer = get_tokenizer(True, num_languages=model.whisper.num_languages, language="en", task="transcribe")
+    found: list[Any] = []
+
+    def words(turn: Turn) -> threading.Thread:
+        def work() -> None:
+            try:
+                found.append(engine.align(turn, window_of(1), tokenizer, [1500, 1600], 3000))
+            except WhisperdError as error:
+                found.append(error.code)
+
+        return start(work)
+
+    aligner, turns, most = engine._aligner, [Turn() for _ in range(7)], 4
+    held = Held(aligner.worker)
+    threads = [words(turn) for turn in turns[:most]]
+    wait_until(lambda: len(aligner.worker._waiting) == most)
+    threads += [words(turn) for turn in (*turns[most:], urgent.turn)]
+    engine.detect_language(Turn(), window_of(2))  # whoever was to be read before it has been
+    assert len(aligner.worker._waiting) == most
+    helper._mark(1, 0, interactive=True)
+    wait_until(lambda: len(aligner.worker._waiting) == most + 1)
+    for some in (turns[most:], turns[:most]):  # those who have no place first: nobody gives them one
+        before = len(found)
+        for turn in some:
+            turn.cancelled = True
+        engine.wake()
+        wait_until(lambda before=before, some=some: len(found) == before + len(some))
+    assert found == ["cancelled"] * len(turns)
+    threads.append(words(Turn()))
+    wait_until(lambda: len(aligner.worker._waiting) == 2)
+    held.release()
+    for thread in threads:
+        thread.join(30)
+    assert [[word.tokens for word in each] for each in found[len(turns) :]] == [[[1500, 1600]]] * 2
 
 
 def test_a_device_that_failed_silences_no_heartbeat(

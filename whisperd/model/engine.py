@@ -95,6 +95,7 @@ class Engine:
     def wake(self) -> None:
         """Make waiting runs look at their marks."""
         self._aligner.worker.wake()
+        self._aligner.places.wake()
 
     def gauges(self) -> dict[str, float]:
         """Return the numbers that `stats` shows of the engine."""
@@ -158,8 +159,9 @@ class Engine:
         def use(features: torch.Tensor) -> Pieces[Reading]:
             return self._aligner.read(tokenizer, text_tokens, features, self._decoder)
 
-        reading = self._batcher.call(Request(turn, window, use=use))
-        return self._aligner.align(turn, reading, tokenizer, text_tokens, num_frames, **options)
+        with self._aligner.places.taken(turn):
+            reading = self._batcher.call(Request(turn, window, use=use))
+            return self._aligner.align(turn, reading, tokenizer, text_tokens, num_frames, **options)
 
 
 def release_weights(whisper: torch.nn.Module) -> None:

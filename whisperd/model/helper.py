@@ -219,8 +219,9 @@ class ModelHelper:
             return
         if interactive is not None:
             run.turn.interactive = interactive
-        if cancelled and self._engine is not None:
+        if cancelled:
             run.turn.cancelled = True
+        if self._engine is not None:
             self._engine.wake()
             self._mel_worker.wake()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from whisperd.model.threads import start_thread
@@ -38,6 +39,33 @@ class Turn:
         """Raise `WhisperdError` (`cancelled`) once the run has been cancelled."""
         if self.cancelled:
             raise WhisperdError(ErrorCode.CANCELLED, "cancelled")
+
+
+class Places:
+    """At most `most` background pieces at a time hold what takes memory; interactive ones wait for no place."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, turn: Turn) -> Iterator[None]:
+        """Hold a place, once there is one. Raises `WhisperdError` (`cancelled`) where the run is cancelled first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken < self._most or turn.interactive or turn.cancelled)
+            turn.check()
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= 1
+                self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Make waiting runs look at their marks."""
+        with self._changed:
+            self._changed.notify_all()
 
 
 class _Piece(Generic[T]):
