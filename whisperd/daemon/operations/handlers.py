@@ -210,7 +210,10 @@ def _handle_subscribe(call: Call, params: Subscribe) -> None:
 
     def then(answer: Answer) -> None:
         call.reply({"job": call.show(answer.job, answer.run), "last_seq": answer.job.last_seq})
-        _push_events(call, job_id, params.after_seq)
+        known = params.after_seq
+        subscription = Subscription(peer=call.peer, request_id=call.id, uid=uid, job_id=job_id, after_seq=known)
+        # Of a job that has not come so far all is read that happens from now on: perhaps its end, which is told.
+        _push_events(call, subscription, min(known, answer.job.last_seq))
 
     def failed(error: WhisperdError) -> None:
         call.house.watchers.release(call.peer, call.id)
@@ -226,17 +229,15 @@ def _end_subscription(call: Call) -> None:
     call.peer.finish(call.id)
 
 
-def _push_events(call: Call, job_id: int, after_seq: int) -> None:
-    """Push stored events page by page, as the reader takes them; after the last page, follow the job live.
+def _push_events(call: Call, subscription: Subscription, after_seq: int) -> None:
+    """Push stored events behind `after_seq` page by page, as the reader takes them; then follow the job live.
 
     The last, incomplete page and what is committed after it arrive in commit order, so nothing falls between.
     """
     if call.peer.closed:
         return
-    house = call.house
-    subscription = Subscription(
-        peer=call.peer, request_id=call.id, uid=call.peer.uid, job_id=job_id, after_seq=after_seq
-    )
+    house, job_id = call.house, subscription.job_id
+    assert job_id is not None, "of all jobs no past is told"
 
     def then(events: list[Event]) -> None:
         if call.peer.closed:
@@ -245,12 +246,12 @@ def _push_events(call: Call, job_id: int, after_seq: int) -> None:
             subscription.push(event)
             if call.peer.pending_output > house.config.max_output_bytes // 2:
                 # A reader who keeps up is not to be cut off for the length of the past.
-                _push_events(call, job_id, event.seq)
+                _push_events(call, subscription, event.seq)
                 return
         if events and events[-1].kind == "end":
             _end_subscription(call)
         elif len(events) == _EVENT_PAGE:
-            _push_events(call, job_id, events[-1].seq)
+            _push_events(call, subscription, events[-1].seq)
         elif job_id in house.board.jobs:
             house.watchers.subscribe(subscription)
             house.ledger.teller.came()
