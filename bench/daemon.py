@@ -141,6 +141,10 @@ class Daemon:
         """Wait until a job is, or has been, in a state."""
         self._wait_for_event(job, lambda event: event["event"] == "state" and event["state"] == state)
 
+    def wait_for_end(self, job: int) -> None:
+        """Wait until a job is done, however long that takes, as long as it is heard of every ten minutes."""
+        self._wait_for_event(job, lambda event: event["event"] == "end" and event["state"] == "done")
+
     def _wait_for_event(self, job: int, wanted: Callable[[dict[str, Any]], bool]) -> None:
         with self.client() as listener:
             listener.call("subscribe", job=job)

@@ -70,8 +70,8 @@ def measure(bench: Bench) -> Iterator[Row]:
 
 
 def measure_whole(bench: Bench) -> Iterator[Row]:
-    """Yield what the model's process grows by until half an hour has been transcribed to its end, with word times."""
-    minutes = bench.pick(30, 5)  # a client of the bench waits ten minutes for an answer
+    """Yield what the model's process grows by until an hour has been transcribed to its end, with word times."""
+    minutes = bench.pick(60, 5)
     (file,) = write_talks(bench.folder, 1, minutes)
     with running_daemon(bench.folder / "whole") as daemon, daemon.client() as client:
         minute_mb = _peak_mb(daemon, client, write_talk(bench.folder / "first-minute.wav", 60))
@@ -89,5 +89,5 @@ def _peak_mb(daemon: Daemon, client: RawClient, file: Path) -> float:
     """Return the most that the model's process holds while it transcribes a file, in MB."""
     (model,) = daemon.helpers("whisperd.model.main")
     reset_peak(model)
-    client.call("result", job=client.submit(file, options={"word_timestamps": True}), wait_s=None)
+    daemon.wait_for_end(client.submit(file, options={"word_timestamps": True}))
     return peak_rss_mb(model)

@@ -16,7 +16,7 @@ from whisper.tokenizer import get_tokenizer
 from tests import models
 from tests.held_batcher import window_of
 from tests.support import wait_until
-from tests.test_batch_rules import CPU, Late, all_of, live_rows, task_of
+from tests.test_batch_rules import CPU, Late, assert_same, live_rows, said_alone, task_of
 from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.pieces import Pieces
 from whisperd.model.batch.search import Outcome, search_of
@@ -52,12 +52,7 @@ def test_windows_that_begin_beside_each_other_say_what_each_says_alone(babbler: 
     ]
     tasks = [task_of(babbler, **{"sample_len": 9} | each) for each in options]
     features = torch.randn(len(tasks), models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
-    alone = {}
-    for owner, task in enumerate(tasks):
-        live = live_rows(babbler)
-        live.begin(owner, task, search_of(task, owner), features[owner])
-        alone |= dict(all_of(live))
-    assert len({outcome.candidates[0][0] for outcome in alone.values()}) > len(tasks) / 2
+    alone = said_alone(babbler, tasks, features)
     chance, given_up, beside = random.Random(4), 0, set[tuple[int, int]]()
     for late in [False, True] * 3:
         live, waiting = live_rows(babbler, Late() if late else None), [*range(len(tasks))]
@@ -83,10 +78,7 @@ def test_windows_that_begin_beside_each_other_say_what_each_says_alone(babbler: 
             if chance.random() < 0.05:
                 live.shrink(windows=1, rows=1)
         assert not live.beginning
-        for owner, outcome in alone.items():
-            assert found[owner].no_speech == outcome.no_speech
-            pairs = zip(found[owner].candidates, outcome.candidates, strict=True)
-            assert all(ours == theirs and abs(score - other) < 1e-4 for (ours, score), (theirs, other) in pairs)
+        assert_same(found, alone)
     assert given_up > 6
     assert {(0, 3), (2, 1), (2, 2)} <= beside
 

@@ -266,12 +266,7 @@ def test_windows_given_up_before_their_tokens_were_read_leave_no_trace(babbler: 
     options: list[dict[str, Any]] = [{}, {"temperature": 0.4, "best_of": 3}, {"beam_size": 3}, {"prompt": [900]}, {}]
     tasks = [task_of(babbler, sample_len=30, **each) for each in options]
     features = torch.randn(len(tasks), models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
-    alone = {}
-    for owner, task in enumerate(tasks):
-        live = live_rows(babbler)
-        live.begin(owner, task, search_of(task, owner), features[owner])
-        alone |= dict(all_of(live))
-    assert len({outcome.candidates[0][0] for outcome in alone.values()}) > len(tasks) / 2
+    alone = said_alone(babbler, tasks, features)
     chance, given_up = random.Random(11), 0
     for _ in range(12):
         live, waiting, found = live_rows(babbler, Late()), [*range(len(tasks))], dict[int, Outcome]()
@@ -285,10 +280,7 @@ def test_windows_given_up_before_their_tokens_were_read_leave_no_trace(babbler: 
                 waiting.append(chance.choice(live.owners))
                 live.drop(waiting[-1])
                 given_up += 1
-        for owner, outcome in alone.items():
-            assert found[owner].no_speech == outcome.no_speech
-            pairs = zip(found[owner].candidates, outcome.candidates, strict=True)
-            assert all(ours == theirs and abs(score - other) < 1e-4 for (ours, score), (theirs, other) in pairs)
+        assert_same(found, alone)
     assert given_up > 12
 
 
@@ -449,6 +441,25 @@ def test_recordings_are_void_where_the_caches_are_other_tensors(babbler: Whisper
         live.step()
         seen.append((recorder.recordings, recorder.replays))
     assert seen == [(0, 0), (1, 1), (1, 2), (1, 2), (2, 3), (2, 4)]
+
+
+def said_alone(babbler: Whisper, tasks: list[DecodingTask], features: torch.Tensor) -> dict[int, Outcome]:
+    """Return what each task finds of its features without others beside it; most of it differs."""
+    alone = dict[int, Outcome]()
+    for owner, task in enumerate(tasks):
+        live = live_rows(babbler)
+        live.begin(owner, task, search_of(task, owner), features[owner])
+        alone |= dict(all_of(live))
+    assert len({outcome.candidates[0][0] for outcome in alone.values()}) > len(tasks) / 2
+    return alone
+
+
+def assert_same(found: dict[int, Outcome], alone: dict[int, Outcome]) -> None:
+    """Each has found the same words, with scores that differ by roundings alone."""
+    for owner, outcome in alone.items():
+        assert found[owner].no_speech == outcome.no_speech
+        pairs = zip(found[owner].candidates, outcome.candidates, strict=True)
+        assert all(ours == theirs and abs(score - other) < 1e-4 for (ours, score), (theirs, other) in pairs)
 
 
 def all_of(live: LiveRows[int]) -> Iterator[tuple[int, Outcome]]:

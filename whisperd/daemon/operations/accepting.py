@@ -18,6 +18,20 @@ Reply = Callable[[Mapping[str, Any]], None]
 Fail = Callable[[WhisperdError], None]
 
 
+def followed_by(over: Callable[[], None], reply: Reply, fail: Fail) -> tuple[Reply, Fail]:
+    """Return both ways to answer a submit, with `over` called behind either."""
+
+    def replied(result: Mapping[str, Any]) -> None:
+        reply(result)
+        over()
+
+    def failed(error: WhisperdError) -> None:
+        fail(error)
+        over()
+
+    return replied, failed
+
+
 def early_fingerprint(size_bytes: int, options: Mapping[str, Any]) -> bytes:
     """Return what is known of a file before its bytes are there; the first half of its fingerprint.
 

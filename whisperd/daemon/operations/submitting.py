@@ -8,12 +8,19 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Mapping
 from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, fingerprint_of, outlives_client
+from whisperd.daemon.operations.accepting import (
+    Fail,
+    Reply,
+    accept,
+    early_fingerprint,
+    fingerprint_of,
+    followed_by,
+    outlives_client,
+)
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, about
 from whisperd.daemon.wire.descriptors import close_apart, look_at
@@ -84,7 +91,7 @@ class _Submission:
     ) -> None:
         self._house, self._peer, self._params = house, peer, params
         self._descriptor, self._size_bytes = descriptor, size_bytes
-        self._answer, self._answer_error = reply, fail
+        self._reply, self._fail = followed_by(self._over, reply, fail)
         self._stored_bytes = 0
         self._early = early_fingerprint(size_bytes, params.options)
         self._copy: Copy | None = None  # from its admission on
@@ -235,14 +242,6 @@ class _Submission:
             reply=self._reply,
             fail=self._fail,
         )
-
-    def _reply(self, result: Mapping[str, Any]) -> None:
-        self._answer(result)
-        self._over()
-
-    def _fail(self, error: WhisperdError) -> None:
-        self._answer_error(error)
-        self._over()
 
     def _over(self) -> None:
         self._house.submitting[self._peer.uid] -= 1

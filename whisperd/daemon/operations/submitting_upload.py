@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
 from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, outlives_client
+from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, followed_by, outlives_client
 from whisperd.daemon.store import Answer, key_conflict
 from whisperd.daemon.uploads import Upload
 from whisperd.daemon.wire.server import Peer
@@ -50,7 +49,7 @@ class _UploadSubmission:
         fail: Fail,
     ) -> None:
         self._house, self._peer, self._params, self._size_bytes = house, peer, params, size_bytes
-        self._answer, self._answer_error = reply, fail
+        self._reply, self._fail = followed_by(self._over, reply, fail)
         self._stored_bytes = 0
         self._copy: Copy | None = None  # from its admission on
         self._ended = False
@@ -167,14 +166,6 @@ class _UploadSubmission:
             self._copy.client = None
 
     # --- the end ---
-
-    def _reply(self, result: Mapping[str, Any]) -> None:
-        self._answer(result)
-        self._over()
-
-    def _fail(self, error: WhisperdError) -> None:
-        self._answer_error(error)
-        self._over()
 
     def _over(self) -> None:
         uid, key = self._peer.uid, self._params.key
