@@ -71,8 +71,8 @@ def spooled(daemon: Daemon) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Daemon]:
-    """One daemon without a model, for the tests that leave it as they found it."""
-    with running_daemon(model=NO_MODEL) as daemon:
+    """One daemon without a model, for the tests that leave it as they found it, but for jobs that wait for a model."""
+    with running_daemon(model=NO_MODEL, decode_ahead=1000) as daemon:
         yield daemon
 
 
