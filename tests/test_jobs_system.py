@@ -6,8 +6,10 @@ import fcntl
 import os
 import signal
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ from tests.support import (
     submit,
     wait_until,
 )
+from tests.test_upload import begin, taken
+from whisperd.daemon.keys import digest, fingerprints
+from whisperd.daemon.store.rows import unpack
 from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.options import parse_options
 
 MINUTE_S = 60
 
@@ -335,6 +341,66 @@ def test_an_attached_job_waits_for_its_holder_after_a_restart(
         assert submit(client, path, attached=True, key="held")["id"] == held["id"]
         assert client.result(left["id"])["job"]["state"] == "cancelled"
         assert client.call("result", job=held["id"])["job"]["state"] in ("queued", "running")
+
+
+VIDEO = {"kind": "video", "id": "dQw4w9WgXcQ"}
+
+
+@pytest.mark.parametrize("kept_by", ["this version", "an earlier version"])
+def test_a_key_is_the_same_job_whatever_the_setting_mode_has_become(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path], kept_by: str
+) -> None:
+    """Sent again by descriptor, by upload and as an address. An attached job whose client stays is not cancelled."""
+    daemon = make_daemon(model=NO_MODEL, mode="exact", attach_grace_s=2)
+    path, other, copied = recording(), recording(), recording()
+    daemon.start()
+    with daemon.client() as client:
+        held = submit(client, path, attached=True, key="held")
+        left = submit(client, other, attached=True, key="left")
+        plain = submit(client, copied, key="plain")
+        video = client.call("submit", source=VIDEO, options=PLAIN_OPTIONS, key="video")["job"]
+        daemon.kill()
+    assert plain["options"]["mode"] == "exact"
+    if kept_by == "an earlier version":
+        keep_as_earlier_versions_did(daemon)
+    daemon.settings["mode"] = "fast"
+    daemon.start()
+    with daemon.client() as client:
+        again = submit(client, path, attached=True, key="held")
+        assert (again["id"], again["options"]["mode"]) == (held["id"], "exact")
+        known = taken(client, begin(client, copied.stat().st_size, key="plain"))
+        assert (known["job"]["id"], known["reused"]) == (plain["id"], True)
+        known = client.call("submit", source=VIDEO, options=PLAIN_OPTIONS, key="video")
+        assert (known["job"]["id"], known["reused"]) == (video["id"], True)
+        for options in ({**PLAIN_OPTIONS, "mode": "fast"}, {**PLAIN_OPTIONS, "language": "de"}):
+            assert (
+                error_of(lambda options=options: submit(client, copied, key="plain", options=options)) == "key_conflict"
+            )
+        new = submit(client, copied)
+        assert (new["options"]["mode"], new["id"] != plain["id"]) == ("fast", True)
+        assert client.result(left["id"])["job"]["state"] == "cancelled"
+        assert client.call("result", job=held["id"])["job"]["state"] == "queued"
+
+
+def keep_as_earlier_versions_did(daemon: Daemon) -> None:
+    """Have the fingerprints of all keys be those of all options, with the mode as it was meant at that time."""
+    with closing(sqlite3.connect(daemon.state_dir / "whisperd.sqlite3")) as db, db:
+        rows = db.execute(
+            """SELECT keys.key, fingerprint, jobs.source, jobs.options, size_bytes
+               FROM keys JOIN jobs ON jobs.id = job_id JOIN runs ON runs.id = run_id"""
+        ).fetchall()
+        assert len(rows) == 4
+        for key, fingerprint, source, options, size_bytes in rows:
+            what = [unpack(source)] if key == "video" else ["fd", size_bytes]
+            early = digest([*what, unpack(options)])
+            db.execute("UPDATE keys SET fingerprint = ? WHERE key = ?", (early + fingerprint[len(early) :], key))
+
+
+def test_options_that_are_as_by_default_are_not_part_of_a_keys_fingerprint() -> None:
+    """So an option that comes with an upgrade changes none."""
+    assert fingerprints(["fd", 3], parse_options({"task": "transcribe"}))[0] == digest(["fd", 3, {}])
+    options = parse_options({"language": "german", "mode": "exact"})
+    assert fingerprints(["fd", 3], options)[0] == digest(["fd", 3, {"language": "de", "mode": "exact"}])
 
 
 def test_stopping_refuses_new_work_and_tells_who_waits(

@@ -8,11 +8,25 @@ from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.store.rows import pack
+from whisperd.protocol.options import DEFAULTS, MODES, OWN_DEFAULTS
 
 
 def digest(value: Any) -> bytes:
     """Return the SHA-256 of a value as the database would keep it."""
     return hashlib.sha256(pack(value)).digest()
+
+
+def fingerprints(source: Sequence[Any], options: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """Return the digest of what a submit asks for, and behind it those that earlier versions may have kept of the same.
+
+    `options` are as asked, so `mode` may be None, and of them only those count that are not the default: neither a
+    setting that is changed nor an upgrade that knows one option more makes other work of a key.
+    """
+    defaults = DEFAULTS | OWN_DEFAULTS
+    asked = {name: options[name] for name in sorted(options) if options[name] != defaults[name]}
+    # Before, all options counted, the mode as the daemon's setting had it at that time.
+    modes = MODES if options["mode"] is None else (options["mode"],)
+    return digest([*source, asked]), *(digest([*source, {**options, "mode": mode}]) for mode in modes)
 
 
 def share_key(config: Config, uid: int, sha256: str, options: Mapping[str, Any], model: Sequence[Any]) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from whisperd.daemon.house import House
-from whisperd.daemon.keys import digest, share_key
+from whisperd.daemon.keys import digest, fingerprints, share_key
 from whisperd.daemon.lanes.copying import Copy, CopyLane
 from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.daemon.wire.server import Peer
@@ -32,12 +32,18 @@ def followed_by(over: Callable[[], None], reply: Reply, fail: Fail) -> tuple[Rep
     return replied, failed
 
 
-def early_fingerprint(size_bytes: int, options: Mapping[str, Any]) -> bytes:
-    """Return what is known of a file before its bytes are there; the first half of its fingerprint.
+def options_of(house: House, params: Submit) -> dict[str, Any]:
+    """Return the options with the mode that is meant where none is asked for: what is done, kept and shared."""
+    return {**params.options, "mode": params.options["mode"] or house.config.mode}
+
+
+def early_fingerprints(size_bytes: int, options: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """Return what is known of a file before its bytes are there: the first half of its fingerprint.
 
     The same for a descriptor and an upload: a client may submit by one, and after a broken connection by the other.
+    Behind it stand those that earlier versions may have kept.
     """
-    return digest(["fd", size_bytes, dict(options)])
+    return fingerprints(["fd", size_bytes], options)
 
 
 def fingerprint_of(early: bytes, copied: Copied) -> bytes:
@@ -63,16 +69,17 @@ def accept(
     fail: Fail,
 ) -> None:
     """Commit the job of a file that is in the spool; answers through `reply` or `fail`, once, and settles its copy."""
+    options = options_of(house, params)
     new = NewJob(
         uid=peer.uid,
         priority=params.priority,
         attached=params.attached,
         key=params.key,
         source=source_to_wire(params.source),
-        options=params.options,
+        options=options,
         fresh=params.fresh,
         fingerprint=fingerprint_of(early, copied),
-        share_key=share_key(house.config, peer.uid, copied.sha256, params.options, house.modelling.identity),
+        share_key=share_key(house.config, peer.uid, copied.sha256, options, house.modelling.identity),
         folder=copy.folder,
         sha256=copied.sha256,
         size_bytes=copied.size_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,6 @@ def _handle_stats(call: Call, params: Stats) -> None:
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
-    if params.options["mode"] is None:
-        params = replace(params, options={**params.options, "mode": call.house.config.mode})
     modelling = call.house.modelling
     if modelling.traits:  # else it is not loaded: the job is accepted, and fails later of what the model cannot do
         check_abilities(params.options, modelling.traits, modelling.process.status.name)

@@ -16,7 +16,7 @@ from whisperd.daemon.operations.accepting import (
     Fail,
     Reply,
     accept,
-    early_fingerprint,
+    early_fingerprints,
     fingerprint_of,
     followed_by,
     outlives_client,
@@ -93,7 +93,7 @@ class _Submission:
         self._descriptor, self._size_bytes = descriptor, size_bytes
         self._reply, self._fail = followed_by(self._over, reply, fail)
         self._stored_bytes = 0
-        self._early = early_fingerprint(size_bytes, params.options)
+        self._early = early_fingerprints(size_bytes, params.options)
         self._copy: Copy | None = None  # from its admission on
 
     def begin(self) -> None:
@@ -111,7 +111,7 @@ class _Submission:
 
         def then(found: tuple[Any, int]) -> None:
             row, self._stored_bytes = found
-            if key is not None and row is not None and row["fingerprint"][: len(self._early)] != self._early:
+            if key is not None and row is not None and not row["fingerprint"].startswith(self._early):
                 self._give_up(key_conflict(key))
                 return
             if row is not None and self._params.attached:
@@ -120,7 +120,7 @@ class _Submission:
             if row is None:
                 self._admit_and_copy()
             else:
-                self._compare()
+                self._compare(row["fingerprint"][: len(self._early[0])])
 
         self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up, by=self._peer)
 
@@ -147,7 +147,7 @@ class _Submission:
         )
         house.copying.add(self._copy)
 
-    def _compare(self) -> None:
+    def _compare(self, early: bytes) -> None:
         """The key has a job. Hash the file, to see whether it is that job's: this takes no room, however full it is."""
         try:
             self._refuse_when_useless()
@@ -163,14 +163,14 @@ class _Submission:
             descriptor=descriptor,
             size_bytes=0,
             keep=False,
-            copied=lambda copied: self._compared(reading, copied),
+            copied=lambda copied: self._compared(reading, fingerprint_of(early, copied)),
             refused=self._give_up,
         )
         self._house.copying.add(reading)
 
-    def _compared(self, reading: Copy, copied: Copied) -> None:
+    def _compared(self, reading: Copy, fingerprint: bytes) -> None:
         house, params, key = self._house, self._params, self._params.key
-        store, uid, fingerprint = house.ledger.store, self._peer.uid, fingerprint_of(self._early, copied)
+        store, uid = house.ledger.store, self._peer.uid
         assert key is not None, "it was looked up"
 
         def then(known: Change | None) -> None:
@@ -235,7 +235,7 @@ class _Submission:
             self._house,
             self._peer,
             self._params,
-            early=self._early,
+            early=self._early[0],
             lane=self._house.copying,
             copy=self._copy,
             copied=copied,

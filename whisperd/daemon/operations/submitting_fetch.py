@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from whisperd.daemon.house import House
-from whisperd.daemon.keys import digest, source_key
-from whisperd.daemon.operations.accepting import Fail, Reply
+from whisperd.daemon.keys import fingerprints, source_key
+from whisperd.daemon.operations.accepting import Fail, Reply, options_of
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.daemon.wire.server import Peer
@@ -19,7 +20,8 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
 
     The key is looked up first: a retry of an accepted submit is never refused for want of room.
     """
-    new = _new_job(house, peer, params)
+    same = fingerprints([source_to_wire(params.source)], params.options)
+    new = _new_job(house, peer, params, same[0])
     key, store = params.key, house.ledger.store
 
     def look_up() -> None:
@@ -27,7 +29,7 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
 
     def then(found: tuple[Any, int]) -> None:
         row, stored_bytes = found
-        if key is not None and row is not None and row["fingerprint"] != new.fingerprint:
+        if key is not None and row is not None and row["fingerprint"] not in same:
             fail(key_conflict(key))
             return
         try:
@@ -42,23 +44,23 @@ def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: F
             if not house.under_way.maybe_wait(peer.uid, key, look_up):
                 fail(error)
             return
-        _accept(house, peer, new, reply, fail)
+        _accept(house, peer, new if row is None else replace(new, fingerprint=row["fingerprint"]), reply, fail)
 
     look_up()
 
 
-def _new_job(house: House, peer: Peer, params: Submit) -> NewJob:
-    source = source_to_wire(params.source)
-    key = source_key(house.config, peer.uid, source, params.options, house.modelling.identity)
+def _new_job(house: House, peer: Peer, params: Submit, fingerprint: bytes) -> NewJob:
+    source, options = source_to_wire(params.source), options_of(house, params)
+    key = source_key(house.config, peer.uid, source, options, house.modelling.identity)
     return NewJob(
         uid=peer.uid,
         priority=params.priority,
         attached=params.attached,
         key=params.key,
         source=source,
-        options=params.options,
+        options=options,
         fresh=params.fresh,
-        fingerprint=digest([source, dict(params.options)]),
+        fingerprint=fingerprint,
         share_key=key,
         source_key=key,
         folder=None,

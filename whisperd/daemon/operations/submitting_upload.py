@@ -7,7 +7,7 @@ from typing import Any
 
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprint, followed_by, outlives_client
+from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprints, followed_by, outlives_client
 from whisperd.daemon.store import Answer, key_conflict
 from whisperd.daemon.uploads import Upload
 from whisperd.daemon.wire.server import Peer
@@ -94,8 +94,8 @@ class _UploadSubmission:
     def _answer_known(self, fingerprint: bytes, known: Answer) -> None:
         key, size_bytes = self._params.key, self._size_bytes
         assert key is not None
-        early = early_fingerprint(known.run.size_bytes if size_bytes is None else size_bytes, self._params.options)
-        if fingerprint[: len(early)] != early:
+        early = early_fingerprints(known.run.size_bytes if size_bytes is None else size_bytes, self._params.options)
+        if not fingerprint.startswith(early):
             self._end(key_conflict(key))
             return
         if self._params.attached:
@@ -195,7 +195,7 @@ class _UploadSubmission:
             self._house,
             self._peer,
             self._params,
-            early=early_fingerprint(copied.size_bytes, self._params.options),
+            early=early_fingerprints(copied.size_bytes, self._params.options)[0],
             lane=self._house.receiving,
             copy=self._copy,
             copied=copied,
