@@ -109,6 +109,17 @@ def copier_of(daemon: Daemon) -> psutil.Process:
     return only(wait_until(lambda: daemon.helpers("whisperd.audio.copier")))
 
 
+def test_helpers_hear_nothing_of_what_systemd_told_the_daemon(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(model=NO_MODEL)
+    told = {"NOTIFY_SOCKET": str(daemon.folder / "n"), "WATCHDOG_USEC": "60000000", "STATE_DIRECTORY": "/nowhere"}
+    daemon.variables |= told | {"LANGUAGE": "fr"}
+    daemon.start()
+    given = copier_of(daemon).environ()
+    assert not told.keys() & given
+    assert given["LANGUAGE"] == "fr"
+    assert not {"NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"} & given.keys() - daemon.environment().keys(), "the model's alone"
+
+
 def test_a_copier_that_dies_costs_its_client_nothing(
     shared: Daemon, client: RawClient, recording: Callable[..., Path]
 ) -> None:

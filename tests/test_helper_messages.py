@@ -53,7 +53,7 @@ MESSAGES: list[HelperMessage] = [
     Decode(run=1, generation=2, folder="ab12"),
     Decoded(run=1, generation=2, audio_s=12.5, truncated=True),
     Fetch(run=1, generation=1, folder="ab12", source={"kind": "video", "id": "-bcdefghijk"}, uid=1000),
-    Fetched(run=1, generation=1, sha256="0" * 64, size_bytes=5, title="A talk", duration_s=12.5),
+    Fetched(run=1, generation=1, sha256="0" * 64, size_bytes=5, title="A talk"),
     FetchWeights(run=1, generation=2, file_name="small.pt", sha256="9e" * 32),
     WeightsFetched(run=1, generation=2, path="/cache/models/small.pt"),
     FetchFailed(run=1, generation=1, code="fetch_rate_limited", message="wait a minute", transient=True, wait_s=60.0),

@@ -629,7 +629,7 @@ os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 from tests.test_server import settings
 from whisperd.daemon.wire.listener import open_listener
 listener = open_listener(settings(path.parent))
-assert listener.inherited and "LISTEN_FDS" not in os.environ and not os.get_inheritable(3)
+assert listener.socket.fileno() == 3 and "LISTEN_FDS" not in os.environ and not os.get_inheritable(3)
 client = socket.socket(socket.AF_UNIX)
 client.connect(str(path))
 listener.refuse_waiting({"id": 0, "ok": False, "error": {"code": "unavailable", "message": "no"}})

@@ -18,15 +18,11 @@ from pathlib import Path
 
 import whisperd
 from whisperctl.errors import DaemonUnreachable
+from whisperd.protocol.systemd import child_environment
 
 _START_S = 60.0  # the model is loaded after the start, so this is Python's own time and a busy machine's
 _STOP_S = 10.0
 _MAX_FOLDER_BYTES = 100  # a socket's path may have 107
-# What systemd gave to the program is not meant for its daemon.
-_OF_THE_SERVICE = (
-    *("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"),
-    *("STATE_DIRECTORY", "CACHE_DIRECTORY", "CONFIGURATION_DIRECTORY"),
-)
 
 
 class PrivateDaemon:
@@ -133,10 +129,9 @@ def _make_folder() -> Path:
 
 
 def _environment(environ: Mapping[str, str], *, notify: Path) -> dict[str, str]:
-    kept = {name: value for name, value in environ.items() if name not in _OF_THE_SERVICE}
     # The same code as here, wherever this program found it.
     path = [str(Path(whisperd.__file__).parents[1]), *filter(None, [environ.get("PYTHONPATH")])]
-    return kept | {"PYTHONPATH": os.pathsep.join(path), "NOTIFY_SOCKET": str(notify)}
+    return child_environment(environ) | {"PYTHONPATH": os.pathsep.join(path), "NOTIFY_SOCKET": str(notify)}
 
 
 def _is_ready(told: socket.socket, pid: int, clock: Callable[[], float] = time.monotonic) -> bool:

@@ -41,6 +41,7 @@ from whisperd.daemon.wire.server import Peer
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Priority
+from whisperd.protocol.systemd import child_environment
 
 log = logging.getLogger("whisperd")
 
@@ -76,7 +77,7 @@ class House:
         )
         self.database = database
         self.inventory = Inventory(loop, self.ledger, str(database.path))
-        env = helper_environment(config)
+        env = child_environment()
         self.copying = self._copy_lane("copier", config.copiers, config.copy_timeout_s, env)
         # A receiver also waits for its client, whose time is kept by the upload itself.
         receive_timeout_s = config.copy_timeout_s + config.upload_timeout_s
@@ -357,16 +358,3 @@ class House:
             "queue": {"depth": sum(self.waiting().values()), "capacity": self.config.capacity},
             "problems": self.problems(),
         }
-
-
-def helper_environment(config: Config) -> dict[str, str]:
-    """Return the environment of the helpers: ours, with the compilers' caches in the cache folder."""
-    env = dict(os.environ)
-    # systemd's own variables are for the daemon alone.
-    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
-        env.pop(name, None)
-    for name in ("NUMBA", "TRITON", "TORCHINDUCTOR"):
-        env.setdefault(f"{name}_CACHE_DIR", str(config.cache_dir / name.lower()))
-    if config.threads:
-        env["OMP_NUM_THREADS"] = str(config.threads)
-    return env

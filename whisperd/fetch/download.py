@@ -57,12 +57,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
-    """What was fetched. `title` is empty, and `duration_s` 0, where the site does not tell."""
+    """What was fetched. `title` is empty where the site does not tell."""
 
     sha256: str
     size_bytes: int
     title: str
-    duration_s: float
 
 
 def address_of(source: Mapping[str, Any]) -> str:
@@ -102,7 +101,6 @@ class Fetcher:
             sha256=sha256,
             size_bytes=size_bytes,
             title=str(info.get("title") or "")[:500],
-            duration_s=float(info.get("duration") or 0.0),
         )
 
     def _download(

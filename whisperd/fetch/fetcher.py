@@ -61,7 +61,6 @@ def main() -> None:
             sha256=found.sha256,
             size_bytes=found.size_bytes,
             title=found.title,
-            duration_s=found.duration_s,
         )
 
     def fetch_weights(task: Task, order: FetchWeights, descriptors: list[int]) -> HelperMessage:

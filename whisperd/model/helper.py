@@ -146,7 +146,7 @@ class ModelHelper:
         except Exception as error:
             self._error = self._loading_error(error)
             log.error("model: failed model=%s error=%s", settings.model, self._error)
-            self._link.send(status("failed", name=settings.model, error=self._error))
+            self._link.send(ModelStatus(state="failed", name=settings.model, error=self._error))
             return
         log.info("model: ready model=%s device=%s dtype=%s", model.name, model.device, model.dtype_name)
         self._link.send(ready(model, identity, capacity=settings.open_runs or self._engine.windows + 1))
@@ -283,11 +283,6 @@ class ModelHelper:
         return gauges
 
 
-def status(state: str, *, name: str, error: str | None = None) -> ModelStatus:
-    """Return the status of a model that is not there (yet)."""
-    return ModelStatus(state=state, name=name, device="", dtype="", error=error, capacity=0, traits={}, fingerprint="")
-
-
 def ready(model: LoadedModel, identity: str, *, capacity: int) -> ModelStatus:
     """Return the status of a model that works."""
     return ModelStatus(
@@ -295,7 +290,6 @@ def ready(model: LoadedModel, identity: str, *, capacity: int) -> ModelStatus:
         name=model.name,
         device=str(model.device),
         dtype=model.dtype_name,
-        error=None,
         capacity=capacity,
         traits=model.traits(),
         fingerprint=identity,

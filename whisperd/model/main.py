@@ -22,7 +22,7 @@ SPINS = 1000
 
 
 def prepare_environment(environ: MutableMapping[str, str], *, cache_dir: Path, threads: int) -> None:
-    """Set what the libraries read when they are imported, and only then."""
+    """Set what the libraries read when they are imported, and only then. What is set already stays, but `threads`."""
     for variable, folder in (
         ("NUMBA_CACHE_DIR", "numba"),
         ("TRITON_CACHE_DIR", "triton"),
@@ -40,18 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the model helper; ends with its daemon."""
     link = start("model", argv)
     prepare_environment(os.environ, cache_dir=Path(link.settings["cache_dir"]), threads=int(link.settings["threads"]))
-    link.send(
-        ModelStatus(
-            state="loading",
-            name=link.settings["model"],
-            device="",
-            dtype="",
-            error=None,
-            capacity=0,
-            traits={},
-            fingerprint="",
-        )
-    )
+    link.send(ModelStatus(state="loading", name=link.settings["model"]))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.getLogger("numba").setLevel(logging.WARNING)  # at debug it tells every step of its compiler
     # Only now: importing torch and whisper takes seconds, and the daemon knows already that they are under way. What

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -96,7 +95,6 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: list[_Piece[Any]] = []
         self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
-        self.busy_s = 0.0
         start_thread(self._serve, name=name)
 
     def call(self, turn: Turn, work: Callable[[], T]) -> T:
@@ -145,13 +143,11 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 piece = self._take()
-            began = time.monotonic()
             try:
                 piece.turn.check()
                 piece.result = piece.work()
             except BaseException as error:  # it is raised again where the piece came from
                 piece.error = error
-            self.busy_s += time.monotonic() - began
             with self._changed:
                 piece.done = True
                 self._changed.notify_all()

@@ -8,7 +8,7 @@ A copy comes before its run exists: there `run` is the daemon's ticket number fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, get_origin, get_type_hints
 
@@ -108,14 +108,13 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """`title` is empty, and `duration_s` 0, where the site does not tell."""
+    """`title` is empty where the site does not tell."""
 
     run: int
     generation: int
     sha256: str
     size_bytes: int
     title: str
-    duration_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,18 +261,18 @@ class ModelStatus:
     """From the model helper, at each change. `traits` says what the model can do, `capacity` how many runs at once.
 
     traits: `multilingual` bool, `languages` int (how many of `LANGUAGES` it knows, from the first on), `translates`
-    bool, `vocabulary` int (its tokens); empty until the model is ready.
-    `fingerprint` tells this model's answers from another's: a journal is good for one fingerprint.
+    bool, `vocabulary` int (its tokens). `fingerprint` tells this model's answers from another's: a journal is good for
+    one fingerprint. Until the model is ready, only `error` may differ from its default.
     """
 
     state: str  # loading | ready | failed
     name: str
-    device: str
-    dtype: str
-    error: str | None
-    capacity: int
-    traits: dict[str, Any]
-    fingerprint: str
+    device: str = ""
+    dtype: str = ""
+    error: str | None = None
+    capacity: int = 0
+    traits: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,12 +321,12 @@ _TYPES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in HelperMessage
 def _checks(name: str) -> Mapping[str, Any]:
     """Return the fields of a message with their types as `isinstance` takes them: `dict[str, Any]` is `dict`."""
     hints = get_type_hints(_TYPES[name])
-    return {field: get_origin(hint) if get_origin(hint) in (dict, list) else hint for field, hint in hints.items()}
+    return {key: get_origin(hint) if get_origin(hint) in (dict, list) else hint for key, hint in hints.items()}
 
 
 def to_wire(message: HelperMessage) -> dict[str, Any]:
     """Return the map that travels."""
-    return {"type": type(message).__name__} | {field.name: getattr(message, field.name) for field in fields(message)}
+    return {"type": type(message).__name__} | {each.name: getattr(message, each.name) for each in fields(message)}
 
 
 def from_wire(wire: Mapping[str, Any]) -> HelperMessage:
@@ -336,12 +335,12 @@ def from_wire(wire: Mapping[str, Any]) -> HelperMessage:
     if not isinstance(name, str) or name not in _TYPES:
         raise WhisperdError(ErrorCode.BAD_REQUEST, f"unknown helper message {name!r}")
     checks = _checks(name)
-    values = {field: value for field, value in wire.items() if field != "type"}
-    for field, kind in checks.items():
-        if kind is float and isinstance(values.get(field), int):
-            values[field] = float(values[field])
-        if field not in values or not isinstance(values[field], kind):
-            raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {name}: {field} is missing or ill-typed")
+    values = {key: value for key, value in wire.items() if key != "type"}
+    for key, kind in checks.items():
+        if kind is float and isinstance(values.get(key), int):
+            values[key] = float(values[key])
+        if key not in values or not isinstance(values[key], kind):
+            raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {name}: {key} is missing or ill-typed")
     if len(values) != len(checks):
         raise WhisperdError(ErrorCode.BAD_REQUEST, f"helper message {name} has unknown fields")
     message: HelperMessage = _TYPES[name](**values)

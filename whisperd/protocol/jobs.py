@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-MAX_JOB_ID = 2**53 - 1
-
 
 class Priority(StrEnum):
     """Interactive work goes before background work in every lane."""

@@ -18,7 +18,17 @@ log = logging.getLogger("whisperd.systemd")
 
 _FIRST_FD = 3
 _UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7))
-_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_SOCKETS = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+# What it tells one service, and none of the programs that this one starts.
+_OF_THE_SERVICE = frozenset(
+    {*_SOCKETS, "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+    | {"STATE_DIRECTORY", "CACHE_DIRECTORY", "CONFIGURATION_DIRECTORY"}
+)
+
+
+def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a program that this process starts: all but what systemd meant for this one alone."""
+    return {name: value for name, value in environ.items() if name not in _OF_THE_SERVICE}
 
 
 def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[int]:
@@ -26,7 +36,7 @@ def listen_fds(environ: MutableMapping[str, str] = os.environ) -> list[int]:
 
     The variables are removed: they are meant for this process once, and for none of its children.
     """
-    pid, count, _ = (environ.pop(name, "") for name in _VARIABLES)
+    pid, count, _ = (environ.pop(name, "") for name in _SOCKETS)
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     fds = list(range(_FIRST_FD, _FIRST_FD + int(count)))

@@ -1,7 +1,7 @@
 """The daemon's side of one helper: start it, feed it, hear whether it lives, see it end.
 
 One `Helper` is one process, from its start to its end. What to do about an end is for the lanes; where the process
-runs, and whose it is, knows its body (helper_body.py).
+runs, and whose it is, knows its body (body.py).
 """
 
 from __future__ import annotations

@@ -197,16 +197,7 @@ class ModelProcess:
         )
 
     def _no_status(self, state: str, error: str | None = None) -> ModelStatus:
-        return ModelStatus(
-            state=state,
-            name=self._config.model,
-            device="",
-            dtype="",
-            error=error,
-            capacity=0,
-            traits={},
-            fingerprint="",
-        )
+        return ModelStatus(state=state, name=self._config.model, error=error)
 
     def _set_status(self, status: ModelStatus) -> None:
         if status.state != self.status.state:

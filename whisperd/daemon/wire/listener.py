@@ -34,10 +34,6 @@ class Listener:
         self._path = path  # None: inherited
         self._inode = _inode(path) if path else None
 
-    @property
-    def inherited(self) -> bool:
-        return self._path is None
-
     def close(self) -> None:
         """Stop listening. Our own path is removed, unless somebody has put another socket there since."""
         if self._path is not None and self._inode == _inode(self._path):
