@@ -1,6 +1,6 @@
 # For users:      make demo   two programs share one model, with real weights, in a temporary folder
 # For the machine: sudo make install | uninstall | purge   (docs/operations.md; purge deletes queue and configuration too)
-# For developers: make venv | test | check | bench | torture | clean
+# For developers: make venv | test | check | bench | fidelity | torture | clean
 #
 # Needs CPython 3.11 or newer and make, no root. Another Python: make PYTHON=/path/to/python3.12 ...
 
@@ -19,7 +19,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 PIP_FLAGS ?=
 
-.PHONY: help venv demo install uninstall purge test check bench torture clean
+.PHONY: help venv demo install uninstall purge test check bench fidelity torture clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -5

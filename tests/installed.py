@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tarfile
+import tempfile
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from tests.models import micro_checkpoint
 from tests.support import to_toml, wait_until
 
 CHECKOUT = Path(__file__).parents[1]
-# The machine's own copy of it: inside, /tmp is another, and what an install builds must not land in this one.
+# The machine's own sources: inside, /tmp is another, and what an install builds must not land in this checkout.
 SOURCE = "/opt/checkout"
 _NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "*.egg-info", "build")
 LIB = "/usr/local/lib/whisperd"
@@ -34,6 +37,24 @@ CONFIGURATION: dict[str, Any] = {
     "fetch_allow_private": True,
     "fetch_extractors": ["generic"],
 }
+
+
+def pack(folder: Path) -> Path:
+    """Make the archive of the sources that is handed on, below an empty folder; return its path."""
+    source, built = folder / "source", folder / "built"
+    shutil.copytree(CHECKOUT, source, symlinks=True, ignore=_NOT_SOURCE)
+    built.mkdir()
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(built)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    (archive,) = built.iterdir()
+    return archive
+
+
+def unpack(machine: Machine, target: str) -> None:
+    """Unpack that archive on the machine."""
+    with tempfile.TemporaryDirectory(prefix="wd-", dir="/tmp") as folder, tarfile.open(pack(Path(folder))) as packed:
+        packed.extractall(machine.root / "tmp", filter="data")
+        machine.run("mv", f"/tmp/{packed.getnames()[0]}", target)
 
 
 def install(machine: Machine, source: str = SOURCE, version: str = whisperd.__version__, **variables: str) -> None:
@@ -67,7 +88,7 @@ def installed_machine() -> Iterator[Machine]:
     try:
         machine.write("/etc/ld.so.conf.d/python.conf", "/opt/python/lib\n")
         machine.run("ldconfig")
-        shutil.copytree(CHECKOUT, machine.root / SOURCE[1:], ignore=_NOT_SOURCE)
+        unpack(machine, SOURCE)
         install(machine)
         for user in ("ada", "bob", "eve"):
             machine.run("useradd", "--create-home", user)

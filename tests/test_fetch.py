@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from tests.support import write_noise
 from whisperd.fetch.download import Settings, Watch, address_of, check_extractor, read_cookies
 from whisperd.fetch.explain import explain
 from whisperd.fetch.guard import is_public
+from whisperd.fetch.runtime import describe, find_programs
 from whisperd.protocol.errors import WhisperdError
 
 YOUTUBE = ["youtube"]
@@ -273,3 +277,10 @@ def test_the_cookie_file_is_byte_for_byte_what_it_was(tmp_path: Path) -> None:
     with serving(write_noise(tmp_path / "talk.wav", 1)) as server:
         assert guarded(tmp_path, server.url("talk.wav"), cookies=str(cookies))[0] == f"fetched {len(server.content)}"
     assert (jar.read_bytes(), jar.stat().st_mtime_ns) == before
+
+
+def test_the_runtime_that_youtube_needs_comes_with_the_server() -> None:
+    assert any(name.startswith("deno") and "server" in name for name in requires("whisperd") or ())
+    programs = find_programs()
+    assert Path(programs["deno"]).parent == Path(sysconfig.get_path("scripts"))
+    assert str(describe(programs, datetime.date(2026, 11, 30))["js_runtime"]).startswith("deno ")

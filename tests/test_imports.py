@@ -19,14 +19,14 @@ LADDER: dict[str, tuple[set[str], set[str]]] = {
     "whisperd": (set(), set()),
     "whisperd.__main__": ({"whisperd.daemon"}, set()),
     "whisperd.protocol": (set(), {"msgpack"}),
-    "whisperd.daemon": ({"whisperd.protocol"}, {"click", "msgpack", "psutil"}),
+    "whisperd.daemon": ({"whisperd.protocol"}, {"click", "msgpack"}),
     "whisperd.fetch": ({"whisperd.protocol"}, {"yt_dlp"}),
-    "whisperd.audio": ({"whisperd.protocol"}, {"av", "numpy"}),
+    "whisperd.audio": ({"whisperd.protocol"}, {"av"}),
     "whisperd.model": (
         {"whisperd.protocol"},
-        {"torch", "whisper", "numpy", "numba", "safetensors", "silero_vad", "msgpack", "tiktoken", "tqdm"},
+        {"torch", "whisper", "numpy", "safetensors", "silero_vad", "msgpack"},
     ),
-    "whisperctl": ({"whisperd.protocol", "whisperctl.dashboard"}, {"click", "msgpack", "pysubs2"}),
+    "whisperctl": ({"whisperd.protocol", "whisperctl.dashboard"}, {"click", "pysubs2"}),
     "whisperctl.dashboard": ({"whisperd.protocol", "whisperctl"}, {"rich"}),
 }
 # Each heavy library has one room that knows it.
@@ -101,6 +101,12 @@ def test_the_ladder(path: Path) -> None:
         elif top not in sys.stdlib_module_names:
             assert top in libraries, f"{path.name} imports {module}"
         assert own == OWNERS.get(top, own), f"{top} belongs to {OWNERS.get(top)}"
+
+
+@pytest.mark.parametrize("own", LADDER)
+def test_the_ladder_allows_no_library_that_nobody_imports(own: str) -> None:
+    modules = {module for path in SOURCES if room(module_name(path)) == own for module in imports(path)}
+    assert LADDER[own][1] <= {module.partition(".")[0] for module in modules}
 
 
 @pytest.mark.parametrize(

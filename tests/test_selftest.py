@@ -34,8 +34,7 @@ GOOD_STATS: dict[str, Any] = {
 
 # --- a whole installation ---
 
-# What no machine that runs tests has for sure: a JavaScript runtime, and a yt-dlp of these days.
-DENO = "#!/bin/sh\necho 'deno 2.5.6 (stable, release, x86_64-unknown-linux-gnu)'\n"
+# What no machine that runs tests has for sure: a yt-dlp of these days.
 FRESH_YT_DLP = """
 import datetime, sys
 if "whisperd.fetch.fetcher" in sys.orig_argv:
@@ -45,15 +44,11 @@ if "whisperd.fetch.fetcher" in sys.orig_argv:
 
 
 @pytest.fixture
-def whole(make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch) -> Daemon:
+def whole(make_daemon: Callable[..., Daemon]) -> Daemon:
     need(demo_folder().exists(), "the demo model")
     daemon = make_daemon(model="demo")
     (daemon.folder / "sitecustomize.py").write_text(FRESH_YT_DLP)
-    (daemon.folder / "deno").write_text(DENO)
-    (daemon.folder / "deno").chmod(0o755)
-    clean = daemon.environment()
-    path = f"{daemon.folder}:{clean['PATH']}"
-    monkeypatch.setattr(daemon, "environment", lambda: clean | {"PYTHONPATH": str(daemon.folder), "PATH": path})
+    daemon.variables["PYTHONPATH"] = str(daemon.folder)
     daemon.start()
     return daemon
 
@@ -63,7 +58,7 @@ def test_a_whole_installation_passes_and_one_that_is_paused_does_not(whole: Daem
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [["✓", name] for name in NAMES]
-    assert "deno 2.5.6" in lines[NAMES.index("yt-dlp")]
+    assert ", deno " in lines[NAMES.index("yt-dlp")]
     with whole.client() as client:
         assert client.call("jobs") == {"jobs": [], "more": False}, "its jobs are forgotten"
         assert client.call("stats")["jobs"]["since_start"]["done"] == 2
@@ -144,7 +139,7 @@ def test_all_is_well(peer: Peer) -> None:
         ("stats.software.ffmpeg", None, "ffmpeg", "pip install"),
         ("stats.lanes.fetch.yt_dlp", None, "yt-dlp", "pip install"),
         ("stats.lanes.fetch.yt_dlp_age_days", 91, "yt-dlp", "pip install -U"),
-        ("stats.lanes.fetch.js_runtime", None, "yt-dlp", "pip install deno"),
+        ("stats.lanes.fetch.js_runtime", None, "yt-dlp", "pip install 'whisperd[server]'"),
         ("stats.free_bytes", 1e8, "disk", "min_free_bytes"),
     ],
 )

@@ -47,7 +47,7 @@ make_environment() {
     # shellcheck disable=SC2086
     "$env/bin/python" -m pip install --disable-pip-version-check --quiet ${PIP_FLAGS:-} --no-deps --force-reinstall .
     # What was built below DESTDIR must find itself without it.
-    [ -z "$DESTDIR" ] || find "$env/bin" -type f -exec sed -i "s|$DESTDIR$LIB|$LIB|g" {} +
+    [ -z "$DESTDIR" ] || grep -rlIZ "$DESTDIR$LIB" "$env/bin" | xargs -0r sed -i "s|$DESTDIR$LIB|$LIB|g"
     [ -z "$DESTDIR" ] || sed -i "s|$DESTDIR$LIB|$LIB|g" "$env/pyvenv.cfg"
 }
 
@@ -65,6 +65,11 @@ switch() {
     done
 }
 
+# units MANAGER: its units. Those of users are data of the package, because `whisperd setup` writes them too.
+units() {
+    case $1 in system) echo systemd/system/* ;; user) echo whisperd/assets/user-units/* ;; esac
+}
+
 # put SOURCE TARGET: a file in which our default prefix is replaced by the real one.
 put() {
     mkdir -p "$(dirname "$DESTDIR$2")"
@@ -78,7 +83,7 @@ install() {
     make_environment
     switch
     for manager in system user; do
-        for unit in systemd/"$manager"/*; do put "$unit" "$UNITS/systemd/$manager/${unit##*/}"; done
+        for unit in $(units "$manager"); do put "$unit" "$UNITS/systemd/$manager/${unit##*/}"; done
     done
     put systemd/sysusers.conf "$UNITS/sysusers.d/whisperd.conf"
     put systemd/tmpfiles.conf "$UNITS/tmpfiles.d/whisperd.conf"
@@ -100,7 +105,7 @@ uninstall() {
         systemctl --quiet disable --now whisperd.socket whisperd.service whisperd-fetch.socket 2>/dev/null || true
     fi
     for manager in system user; do
-        for unit in systemd/"$manager"/*; do rm -f "$DESTDIR$UNITS/systemd/$manager/${unit##*/}"; done
+        for unit in $(units "$manager"); do rm -f "$DESTDIR$UNITS/systemd/$manager/${unit##*/}"; done
     done
     rm -f "$DESTDIR$UNITS/sysusers.d/whisperd.conf" "$DESTDIR$UNITS/tmpfiles.d/whisperd.conf"
     rm -f "$DESTDIR$PREFIX/bin/whisperd" "$DESTDIR$PREFIX/bin/whisperctl"

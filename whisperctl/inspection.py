@@ -184,13 +184,14 @@ class Inspection:
         if age_days is not None and age_days > _OLD_DAYS:
             raise _Wrong(
                 f"yt-dlp {version} is {age_days} days old, and sites change",
-                "where whisperd is installed: pip install -U 'yt-dlp[default]', and restart the daemon",
+                "where whisperd is installed: pip install -U 'yt-dlp[default]' deno, and restart the daemon",
             )
         old = "" if age_days is None else f", {age_days} days old"
         if runtime is None and any(re.search(r"youtube|all|default", str(name)) for name in allowed or ["youtube"]):
             raise _Wrong(
                 f"yt-dlp {version}{old}, but no JavaScript runtime, which YouTube needs",
-                "where whisperd is installed: pip install deno (or have Node 22 or newer), and restart the daemon; "
+                "where whisperd is installed: pip install 'whisperd[server]' brings Deno (Node 22 or newer will do); "
+                "then restart the daemon; "
                 "where nothing is to be downloaded, say so with the setting fetch_extractors = []",
             )
         return f"yt-dlp {version}{old}" + (f", {runtime}" if runtime else "")

@@ -22,7 +22,7 @@ _YOUTUBE_REST_S = 3600.0
 MAX_REST_S = 6 * 3600.0
 
 _COOKIES = "an administrator can give this user cookies (setting fetch_cookies)"
-_NEWER = "upgrade yt-dlp (pip install -U 'yt-dlp[default]') and try again"
+_NEWER = "upgrade yt-dlp (pip install -U 'yt-dlp[default]' deno) and try again"
 _ELSEWHERE = "download it by other means and submit the file"
 
 
@@ -125,7 +125,7 @@ _RULES: tuple[_Rule, ...] = (
         r"n challenge solving failed|nsig|signature|No video formats|Requested format is not available|"
         r"Only images are available|JavaScript runtime|Unable to extract|Failed to (extract|parse)|please report",
         ErrorCode.FETCH_FAILED,
-        f"the site has changed, or a JavaScript runtime is missing (pip install deno): {_NEWER}",
+        f"the site has changed, or a JavaScript runtime is missing: {_NEWER}",
     ),
     _rule(
         r"timed? ?out|Temporary failure in name resolution|Name or service not known|getaddrinfo|resolve host|"

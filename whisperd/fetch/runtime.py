@@ -17,7 +17,7 @@ _PROGRAMS = {"deno": "deno", "node": "node", "quickjs": "qjs", "bun": "bun"}
 def find_programs() -> dict[str, str]:
     """Return the paths of the JavaScript runtimes on this machine, by yt-dlp's name for them.
 
-    The folder of this Python's own programs comes first: `pip install deno` puts it there.
+    The folder of this Python's own programs comes first: the package of Deno, in `whisperd[server]`, puts it there.
     """
     found = {}
     for name, program in _PROGRAMS.items():
