@@ -2,7 +2,7 @@
 
 A crash is what kill -9 leaves: the database's files as they lie on disk at that moment, opened anew. Whatever was not
 committed is gone, whatever was is there, and effects that had not happened yet (a folder to delete, an event to push)
-are made up for by the restart.
+are made up for by the restart. Each call is run twice, the first time in vain: a commit may meet a full disk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.reference_queue import Order, Reference, Refused, Work
+from tests.rehearsed.sitecustomize import rehearsed
 from whisperd.daemon.scheduler import Turns, pick
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.store import Retention, Store
@@ -108,7 +109,7 @@ class Queue(RuleBasedStateMachine):
         except Refused as error:
             refused = error.code
         try:
-            change: Change = self.database.run(call)
+            change: Change = self.database.run(rehearsed(call))
         except WhisperdError as error:
             assert error.code == refused
             return None
@@ -132,7 +133,7 @@ class Queue(RuleBasedStateMachine):
         self.database.connection.close()
         shutil.rmtree(copy_from)
         self.database = self.open(folder)
-        live, named = self.database.run(lambda db: self.store.recover(db, self.now))
+        live, named = self.database.run(rehearsed(lambda db: self.store.recover(db, self.now)))
         self.reference.restart()
         self.disk &= named  # the sweep
         self.board, self.served = Board(Turns(16)), []

@@ -262,7 +262,7 @@ class ModelLane:
         def begin(db: sqlite3.Connection, now: float) -> Change:
             change = store.start(db, run_id, now, made_by)
             if change.runs:
-                journal.extend(store.journal(db, run_id))
+                journal[:] = store.journal(db, run_id)
                 spool.lay_out_journal(change.runs[-1].folder or "", journal)
             return change
 

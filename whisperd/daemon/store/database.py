@@ -95,6 +95,9 @@ class Database:
     ) -> None:
         """Run `function` in the store thread; after the commit `done` gets, in the loop, what it returned or raised.
 
+        It may run several times, each but the last undone (a commit that met a full disk): what it leaves outside the
+        rows must be the same after the second time as after the first.
+
         `new_work` is refused on a full disk, as `storage_full`, if it changes anything. Everything else gets the
         ballast's room: it ends work, or records what has been done.
         """
