@@ -646,3 +646,35 @@ def test_a_full_disk_refuses_what_writes_and_answers_what_reads(threaded: Databa
     assert isinstance(seen[2], WhisperdError)
     assert seen[2].code == "storage_full"
     assert seen[3] == 0
+
+
+def test_a_commit_that_fails_when_the_log_is_gone_is_told(tmp_path: Path) -> None:
+    """SQLite says of a full disk what it says of a broken one; where there is no log to try it out on, it is broken."""
+    told: list[str] = []
+    database = Database(tmp_path / "queue.sqlite3", deliver=lambda call: call(), failed=told.append)
+    database.start()
+
+    def fail(db: sqlite3.Connection) -> None:
+        tmp_path.joinpath("queue.sqlite3-wal").unlink()
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        raise error
+
+    database.call(fail, pytest.fail)
+    wait_until(lambda: told, 10)
+    assert told == ["disk I/O error"]
+    database.stop()
+
+
+def test_the_store_threads_end_is_told_whatever_ends_it(tmp_path: Path) -> None:
+    told: list[str] = []
+    database = Database(tmp_path / "queue.sqlite3", deliver=lambda call: call(), failed=told.append)
+    database.start()
+
+    def done(outcome: object) -> None:
+        raise ValueError("nobody thought of this")
+
+    database.call(lambda db: None, done)
+    wait_until(lambda: told, 10)
+    assert told == ["nobody thought of this"]
+    database.stop()

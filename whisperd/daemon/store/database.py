@@ -150,8 +150,9 @@ class Database:
                 self._commits += 1
                 if self._commits >= self._checkpoint_after:
                     self._checkpoint()
-            except sqlite3.Error as error:
-                log.critical("storage failed error=%r code=%s", error, getattr(error, "sqlite_errorname", "?"))
+            except Exception as error:  # whatever it is: nothing is committed any more, and the daemon must not go on
+                code = getattr(error, "sqlite_errorname", "")
+                log.critical("storage failed error=%r code=%s", error, code or "?", exc_info=not code)
                 self._deliver(lambda reason=str(error): self.failed(reason))  # type: ignore[misc]
                 return
             if stopping:
@@ -218,7 +219,11 @@ class Database:
         """Under RLIMIT_FSIZE or a quota SQLite says what it also says of a broken disk: then a write of ours tells."""
         if error.sqlite_errorcode != sqlite3.SQLITE_IOERR_WRITE:
             return error.sqlite_errorcode in _FULL
-        return refuses_for_want_of_room(self.path.with_name("probe"), at_bytes=self._log_path.stat().st_size)
+        try:
+            at_bytes = self._log_path.stat().st_size
+        except OSError:  # somebody deleted it, or the disk is gone: that is worse than full
+            return False
+        return refuses_for_want_of_room(self.path.with_name("probe"), at_bytes=at_bytes)
 
     def _full(self) -> WhisperdError:
         return WhisperdError(
