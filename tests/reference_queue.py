@@ -50,13 +50,17 @@ class Work:
 
 @dataclass(eq=False, kw_only=True)
 class Order:
-    """A job. `story` is its events in words: states (`running!` says that earlier segments are void) and segments."""
+    """A job. `story` is its events in words: states (`running!` says that earlier segments are void) and segments.
+
+    `address` is what it asked for, if not a file: its work may have begun otherwise.
+    """
 
     id: int
     uid: int
     work: Work
     priority: Priority
     key: str | None
+    address: str | None
     state: JobState
     story: list[str] = field(default_factory=list)
     ended_at: float | None = None
@@ -124,7 +128,7 @@ class Reference:
         work = None if fresh else self._same_work(uid, audio, address)
         if work is None:
             work = self._add_work(uid, audio, address, folder, fresh)
-        job = self._add_job(uid, work, priority, key, JobState.QUEUED if address is None else JobState.PENDING)
+        job = self._add_job(uid, work, priority, key, address)
         if key is not None:
             self.keys[uid, key] = Key(job_id=job.id, fingerprint=fingerprint)
         return job
@@ -140,21 +144,19 @@ class Reference:
         job = self._own(job_id, uid)
         if job.state not in (JobState.FAILED, JobState.CANCELLED):
             raise Refused("bad_request")
-        old = job.work
-        work = self._same_work(uid, old.audio if old.address is None else None, old.address)
+        old, address = job.work, job.address
+        work = self._same_work(uid, old.audio, address)
         if work is None and old.state not in (JobState.FAILED, JobState.CANCELLED):
             work = old
         if work is None or (old.fresh and work.id < old.id):
-            if old.address is not None:
-                work = self._add_work(uid, None, old.address, None, old.fresh)
+            if address is not None:
+                work = self._add_work(uid, None, address, None, old.fresh)
             else:
                 giver = self._keeper(old)
                 work = self._add_work(uid, old.audio, None, giver.folder, old.fresh)
                 work.decoded_s = giver.decoded_s
                 giver.folder = giver.keep_audio_until = None
-        return self._add_job(
-            uid, work, job.priority, None, JobState.QUEUED if old.address is None else JobState.PENDING
-        )
+        return self._add_job(uid, work, job.priority, None, address)
 
     def forget(self, job_id: int, uid: int) -> None:
         job = self._own(job_id, uid)
@@ -310,9 +312,19 @@ class Reference:
         self.runs[work.id] = work
         return work
 
-    def _add_job(self, uid: int, work: Work, priority: Priority, key: str | None, state: JobState) -> Order:
+    def _add_job(self, uid: int, work: Work, priority: Priority, key: str | None, address: str | None) -> Order:
         self.last_job += 1
-        job = Order(id=self.last_job, uid=uid, work=work, priority=priority, key=key, state=state, story=[str(state)])
+        state = JobState.QUEUED if address is None else JobState.PENDING
+        job = Order(
+            id=self.last_job,
+            uid=uid,
+            work=work,
+            priority=priority,
+            key=key,
+            address=address,
+            state=state,
+            story=[str(state)],
+        )
         self.jobs[job.id] = job
         self._catch_up(job)
         return job

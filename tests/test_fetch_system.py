@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from tests.media_server import MediaServer, serving
-from tests.support import NO_MODEL, PLAIN_OPTIONS, Daemon, RawClient, error_of, running_daemon, wait_until, write_noise
+from tests.support import (
+    NO_MODEL,
+    PLAIN_OPTIONS,
+    Daemon,
+    RawClient,
+    error_of,
+    running_daemon,
+    submit,
+    wait_until,
+    write_noise,
+)
 from whisperctl import Client
 
 SETTINGS: dict[str, Any] = {
@@ -122,6 +132,25 @@ def test_the_same_audio_under_two_addresses_is_transcribed_once(client: RawClien
     assert states(client, other) == ["pending", "fetching", "queued", "done"]
     assert client.result(other["id"])["transcript"] == client.result(first["id"])["transcript"]
     assert fetch(client, server.url("two.wav"), options={"language": "de", "temperature": 0})["state"] == "pending"
+
+
+def test_a_file_and_its_download_share_a_run_and_are_retried_apart(
+    start_daemon: Callable[..., Daemon], server: MediaServer
+) -> None:
+    daemon = start_daemon(model=NO_MODEL, **SETTINGS)
+    with daemon.client() as client:
+        file = submit(client, server.recording)
+        video = fetch(client, server.url("talk.wav"))
+        wait_until(lambda: state(client, video) == "queued")
+        for job in (file, video):
+            client.call("cancel", job=job["id"])
+        again = client.call("retry", job=file["id"])["job"]
+        assert (again["state"], again["source"]["kind"]) == ("queued", "fd"), "its audio is kept"
+        other = client.call("retry", job=video["id"])["job"]
+        assert (other["state"], other["source"]["url"]) == ("pending", server.url("talk.wav"))
+        wait_until(lambda: state(client, other) == "queued")
+        wait_until(lambda: client.call("result", job=again["id"])["job"]["audio_s"])
+        assert state(client, again) == "queued"
 
 
 def test_ten_programs_ask_for_one_address(client: RawClient, shared: Daemon, server: MediaServer) -> None:

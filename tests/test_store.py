@@ -460,6 +460,41 @@ def test_a_download_that_turns_out_to_be_known_is_handed_over(book: Book) -> Non
     assert not fetched(book, fresh, share_key=b"1:audio").gone_runs, "computed anew"
 
 
+def retried(book: Book, job: JobRow) -> tuple[JobRow, RunRow]:
+    """Retry a job; return the new one and its run."""
+
+    def key(failed: JobRow, run: RunRow) -> bytes:
+        return str(failed.source["url"]).encode() if failed.is_download else b"1:audio"
+
+    change = book.run(lambda db: STORE.retry(db, job.id, book.now, uid=None, model_key=key))
+    return job_of(change), run_of(book, job_of(change))
+
+
+@pytest.mark.parametrize("first", ["the file", "the download"])
+def test_jobs_of_one_run_are_retried_as_what_they_are(book: Book, first: str) -> None:
+    """A file's run may take over who downloaded the same, and a file may join a run that began with a download."""
+    if first == "the file":
+        file, video = job_of(book.accept(share=b"audio")), fetching(book)
+        fetched(book, video, share_key=b"1:audio")
+        folder = "folder-1"
+    else:
+        video = fetching(book)
+        fetched(book, video, share_key=b"1:audio")
+        file, folder = job_of(book.accept(share=b"audio", sha256="ab")), "first"
+    run_id = book.job(file.id).run_id
+    assert book.job(video.id).run_id == run_id
+    book.run(lambda db: STORE.fail(db, run_id, WhisperdError("internal", "no"), book.now))
+    again, run = retried(book, file)
+    assert (again.state, run.folder, run.source, run.source_key) == (JobState.QUEUED, folder, None, None)
+    again, run = retried(book, video)
+    assert (again.state, run.folder, run.source, run.source_key) == (
+        JobState.PENDING,
+        None,
+        {"kind": "url", "url": "address"},
+        b"address",
+    )
+
+
 def test_a_download_is_tried_again_three_times(book: Book) -> None:
     job = to_fetch(book)
     error = WhisperdError("fetch_failed", "no")

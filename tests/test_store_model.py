@@ -27,7 +27,7 @@ from whisperd.daemon.scheduler import Turns, pick
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
-from whisperd.daemon.store.rows import Change, Event, NewJob, RunRow, pack
+from whisperd.daemon.store.rows import Change, Event, JobRow, NewJob, RunRow, pack
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import ENDED, WAITING, JobState, Priority
 from whisperd.protocol.options import parse_options
@@ -511,8 +511,8 @@ def key_of(uid: int, what: str) -> bytes:
     return f"{uid}:{what}".encode()
 
 
-def work_key(run: RunRow) -> bytes:
-    return key_of(run.uid, run.sha256) if run.source_key is None else run.source_key
+def work_key(job: JobRow, run: RunRow) -> bytes:
+    return key_of(job.uid, f"at {job.source['url']}" if job.is_download else run.sha256)
 
 
 def file_job(uid: int, priority: Priority, audio: str, key: str | None, fresh: bool, folder: str) -> NewJob:

@@ -29,10 +29,10 @@ def retry(
     store, view = house.ledger.store, house.view_of(peer)
     model = list(house.modelling.identity)
 
-    def key(run: RunRow) -> bytes:
-        if run.source_key is None or run.source is None:
-            return share_key(house.config, run.uid, run.sha256, run.options, model)
-        return source_key(house.config, run.uid, run.source, run.options, model)
+    def key(job: JobRow, run: RunRow) -> bytes:
+        if job.is_download:
+            return source_key(house.config, job.uid, job.source, job.options, model)
+        return share_key(house.config, job.uid, run.sha256, job.options, model)
 
     def look(db: sqlite3.Connection, now: float) -> tuple[JobRow, int]:
         job = store.job(db, job_id, uid=view)

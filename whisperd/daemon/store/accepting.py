@@ -12,8 +12,9 @@ from whisperd.daemon.store.rows import Change, JobRow, NewJob, RunRow, pack, unp
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 
-# Returns the key under which the work of a run is shared, with the model of now.
-ModelKey = Callable[[RunRow], bytes]
+# Returns the key under which the work of a job and its run is shared, with the model of now: of what it downloads, or
+# of the audio.
+ModelKey = Callable[[JobRow, RunRow], bytes]
 
 
 def check_retry(job: JobRow) -> None:
@@ -85,7 +86,7 @@ class Accepting(Moving):
         job = self.job(db, job_id, uid=uid)
         check_retry(job)
         old = self._run(db, job.run_id)
-        is_file = old.source_key is None
+        key = model_key(job, old)
         new = NewJob(
             uid=job.uid,
             priority=job.priority,
@@ -95,17 +96,17 @@ class Accepting(Moving):
             options=job.options,
             fresh=False,
             fingerprint=b"",
-            share_key=model_key(old),
+            share_key=key,
             folder=None,
-            sha256=old.sha256 if is_file else "",
-            size_bytes=old.size_bytes if is_file else 0,
-            source_key=None if is_file else model_key(old),
+            sha256="" if job.is_download else old.sha256,
+            size_bytes=0 if job.is_download else old.size_bytes,
+            source_key=key if job.is_download else None,
         )
         run = self._shareable_run(db, new)
         if run is None and old.state not in (JobState.FAILED, JobState.CANCELLED):
             run = old  # only the job was cancelled; others kept the work, which is of another model than today's
         if run is None or (old.fresh and run.id < old.id):  # older results are what `fresh` asked not to have
-            if not is_file:  # a video is downloaded again
+            if job.is_download:  # a video is downloaded again
                 return self.accept(db, replace(new, fresh=old.fresh), now)
             giver = self._keeper(db, old)
             change = Change()

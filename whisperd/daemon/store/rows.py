@@ -64,6 +64,11 @@ class JobRow:
     error_message: str | None
     last_seq: int
 
+    @property
+    def is_download(self) -> bool:
+        """True for a video or an address. Its run may have begun with a file, and the run of a file with a download."""
+        return self.source["kind"] in ("video", "url")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
