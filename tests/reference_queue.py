@@ -258,7 +258,7 @@ class Reference:
     def housekeep(self) -> None:
         for job in list(self.jobs.values()):
             if job.ended_at is not None and job.ended_at < self.now - self._jobs_s:
-                self._drop_key(job, self.now + self._keys_s)
+                self._drop_key(job, None if job.state is JobState.FAILED else self.now + self._keys_s)
                 self._remove(job)
         for name, key in list(self.keys.items()):
             if key.expires_at is not None and key.expires_at <= self.now:

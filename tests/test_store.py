@@ -347,6 +347,29 @@ def test_a_key_outlives_its_jobs_row_for_a_while(book: Book) -> None:
     assert job_of(book.accept(key="k")).id == job.id + 1
 
 
+def test_a_key_whose_job_failed_is_free_also_when_the_job_is_past_its_retention(book: Book) -> None:
+    first, second = (book.running(key=key, share=key.encode()) for key in ("k", "m"))
+    for job in (first, second):
+        book.run(lambda db, job=job: STORE.fail(db, job.run_id, WhisperdError("bad_audio", "no"), book.now))
+    taken = job_of(book.accept(key="m"))
+    book.now += 11 * HOUR_S
+    assert book.run(lambda db: STORE.housekeep(db, book.now)).gone_jobs == [first.id, second.id]
+    assert not book.accept(key="k", fingerprint=b"another source", share=b"other").reused
+    assert job_of(book.accept(key="m")).id == taken.id, "the key of another job by now"
+
+
+def test_keys_go_a_few_at_a_time(book: Book) -> None:
+    for number in range(5):
+        job = job_of(book.accept(key=f"k{number}"))
+        book.run(lambda db, job=job: STORE.cancel(db, job.id, book.now, uid=1))
+    book.now += 11 * HOUR_S
+    book.run(lambda db: STORE.housekeep(db, book.now))
+    book.now += 21 * HOUR_S
+    for left in (3, 1, 0):
+        book.run(lambda db: STORE.housekeep(db, book.now, limit=2))
+        assert book.run(lambda db: db.execute("SELECT count(*) FROM keys").fetchone()) == (left,)
+
+
 def test_forget_deletes_the_key_too(book: Book) -> None:
     job = book.running(key="k")
     with pytest.raises(WhisperdError) as alive:

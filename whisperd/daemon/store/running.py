@@ -5,19 +5,16 @@ from __future__ import annotations
 import sqlite3
 
 from whisperd.daemon.store.journal import Journaling
-from whisperd.daemon.store.moving import Retention
 from whisperd.daemon.store.reading import ENDED_SQL, all_rows
 from whisperd.daemon.store.rows import Change, RunRow, job_row
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 
+_MAX_DEATHS = 3
+
 
 class Running(Journaling):
-    """The work on a run. A run that helpers of `max_deaths` processes died at is given up."""
-
-    def __init__(self, retention: Retention, max_deaths: int = 3) -> None:
-        super().__init__(retention)
-        self._max_deaths = max_deaths
+    """The work on a run. A run at which `_MAX_DEATHS` helper processes died is given up."""
 
     def recover(self, db: sqlite3.Connection, now: float) -> tuple[Change, set[str]]:
         """Put interrupted work back into the queue; return all that lives, and every folder that a row names."""
@@ -107,7 +104,7 @@ class Running(Journaling):
     def _count_death(self, db: sqlite3.Connection, change: Change, run: RunRow, now: float) -> bool:
         """Count, and return whether that was one too many."""
         db.execute("UPDATE runs SET deaths = deaths + 1 WHERE id = ?", (run.id,))
-        if run.deaths + 1 < self._max_deaths:
+        if run.deaths + 1 < _MAX_DEATHS:
             return False
         error = WhisperdError(
             ErrorCode.WORKER_CRASHED,
