@@ -225,7 +225,7 @@ class Config:
     clock_grace_hours: float = _setting(
         24.0,
         "When the machine's date jumps ahead by more than a day, nothing is deleted for its age until the date has "
-        "stood for so many hours. 0 believes any date.",
+        "stood for so many hours of running. 0 believes any date.",
         low=0,
     )
 

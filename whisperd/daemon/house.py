@@ -24,7 +24,7 @@ from whisperd.daemon.metrics import Metrics
 from whisperd.daemon.scheduler import Turns
 from whisperd.daemon.state.board import Board
 from whisperd.daemon.state.disk import Disk
-from whisperd.daemon.state.housekeeping import ClockGuard, Housekeeping, seen_at
+from whisperd.daemon.state.housekeeping import ClockGuard, Housekeeping, doubt_at, seen_at
 from whisperd.daemon.state.inventory import Inventory
 from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.state.spool import Spool
@@ -66,6 +66,8 @@ class House:
         )
         self.board, self.metrics = Board(self._turns()), Metrics()
         self.watchers = Watchers(most_per_user=config.watches_per_user, unlimited=self.is_admin)
+        mark, grace_s = config.state_dir / "whisperd.lock", config.clock_grace_hours * 3600
+        guard = ClockGuard(grace_s=grace_s, seen_at=seen_at(mark), doubt=doubt_at(mark))
         self.ledger = Ledger(
             database=database,
             store=store,
@@ -74,6 +76,7 @@ class House:
             teller=Teller(loop, self.board, self.watchers),
             spool=Spool(config.state_dir / "spool"),
             metrics=self.metrics,
+            clock=guard.date,
         )
         self.database = database
         self.inventory = Inventory(loop, self.ledger, str(database.path))
@@ -104,9 +107,7 @@ class House:
             lambda: self.modelling.paused,
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
-        mark, grace_s = config.state_dir / "whisperd.lock", config.clock_grace_hours * 3600
-        guard = ClockGuard(grace_s=grace_s, seen_at=seen_at(mark))
-        self.housekeeping = Housekeeping(loop, self.ledger, guard, mark, grace_s)
+        self.housekeeping = Housekeeping(loop, self.ledger, guard, mark)
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.under_way = UnderWay()
         self.submitting: Counter[int] = Counter()  # by user: submits that hold a descriptor and are not answered
