@@ -439,6 +439,15 @@ def test_completion_answers_the_shell(ctl: Shell) -> None:
     assert ctl().out == "plain,transcribe\n"
 
 
+@pytest.mark.parametrize(
+    "words", ["transcribe ta", "submit talk.m4a ta", "submit --from ta", "result 1 -o ta", "health --socket ta"]
+)
+def test_completion_leaves_files_to_the_shell(ctl: Shell, words: str) -> None:
+    count = str(len(words.split()))
+    ctl.environ |= {"_WHISPERCTL_COMPLETE": "bash_complete", "COMP_WORDS": f"whisperctl {words}", "COMP_CWORD": count}
+    assert ctl().out == "file,ta\n"
+
+
 def test_verbose_and_quiet(peer: Peer, ctl: Shell) -> None:
     assert "job 1: talk.m4a, interactive, at" in ctl("transcribe", "talk.m4a", "-v").err
     assert ctl("cancel", "1", "-q").err == ""

@@ -16,6 +16,8 @@ from whisperctl.terminal import Screen
 from whisperd.protocol.errors import WhisperdError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from whisperctl.client import Client
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -71,6 +73,13 @@ class Shell:
                 getattr(self, name).close()
 
 
+def complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Have the shell complete a file's name by itself: our script stands in the place of its own completion."""
+    from click.shell_completion import CompletionItem  # only who completes pays for it
+
+    return [CompletionItem(incomplete, type="file")]
+
+
 def _store(name: str, *, negate: bool = False) -> Callable[[click.Context, click.Parameter, Any], None]:
     def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         # An option may stand before the command or after it: the one that was given counts.
@@ -90,6 +99,7 @@ def common_options(command: Command) -> Command:
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_store("quiet"),
                      help="Tell nothing but errors on stderr."),
         click.option("--socket", metavar="PATH", expose_value=False, callback=_store("socket"),
+                     shell_complete=complete_file,
                      help="The daemon's socket (else $WHISPERD_SOCKET, else the usual places)."),
     ):  # fmt: skip
         command = option(command)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from whisperctl.options import Shell, common_options, json_option
+from whisperctl.options import Shell, common_options, complete_file, json_option
 from whisperctl.work_options import OutputOptions, RequestOptions, output_options, request_options
 
 JOB = click.IntRange(min=1)
@@ -15,8 +15,8 @@ JOB = click.IntRange(min=1)
 timeout_option = click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="SECONDS",
                               help="Wait no longer than this; the jobs go on (exit 7).")  # fmt: skip
 
-sources_argument = click.argument("sources", nargs=-1, metavar="SOURCE...")
-from_option = click.option("--from", "lists", multiple=True, metavar="FILE",
+sources_argument = click.argument("sources", nargs=-1, metavar="SOURCE...", shell_complete=complete_file)
+from_option = click.option("--from", "lists", multiple=True, metavar="FILE", shell_complete=complete_file,
                            help="Read sources from a list, one a line (- for standard input).")  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from whisperctl.options import json_option
+from whisperctl.options import complete_file, json_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,7 +37,7 @@ def output_options(command: Command) -> Command:
     for option in (
         json_option,
         click.option("--force", is_flag=True, help="Write over files that are there already."),
-        click.option("-o", "--output", "path", metavar="PATH",
+        click.option("-o", "--output", "path", metavar="PATH", shell_complete=complete_file,
                      help="Write into this file; for several sources a folder, which gets NAME.txt and so on."),
         click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True,
                      help="How a transcript is written."),
