@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.peer import Peer
+from tests.support import requires_program
 from whisperctl.exits import EXIT_CODES
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 
@@ -27,16 +28,21 @@ class Result:
         assert "Traceback" not in self.err
 
 
+# Runs a command that needs permissions, as any user's does; root goes on being who owns Python's folders.
+AS_A_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
 class Shell:
-    """Runs whisperctl in a folder of its own, against the peer."""
+    """Runs whisperctl in a folder of its own, against the peer; `before` is the command that starts it, if any."""
 
     def __init__(self, peer: Peer, folder: Path) -> None:
         self.folder = folder
+        self.before: list[str] = []
         self.environ = {"PATH": os.environ["PATH"], "WHISPERD_SOCKET": str(peer.path), "LANG": "C.UTF-8"}
 
     def start(self, *arguments: str, **kinds: Any) -> subprocess.Popen[bytes]:
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [sys.executable, "-m", "whisperctl", *arguments]
+        command = [*self.before, sys.executable, "-m", "whisperctl", *arguments]
         return subprocess.Popen(command, cwd=self.folder, env=self.environ, **(streams | kinds))
 
     def __call__(self, *arguments: str, stdin: bytes | None = None) -> Result:
@@ -165,6 +171,13 @@ def test_ids_and_files_that_look_alike(peer: Peer, ctl: Shell) -> None:
     assert "write ./interview01" in done.err
 
 
+@requires_program("setpriv")
+def test_an_id_where_one_may_not_look_for_files(peer: Peer, ctl: Shell) -> None:
+    ctl.before = ["sh", "-c", 'chmod 0 . && exec "$@"', "sh", *AS_A_USER]
+    done = ctl("submit", "dQw4w9WgXcQ")
+    assert (done.code, done.out, done.err) == (0, "1\n", "")
+
+
 def test_submit_json_and_wait(peer: Peer, ctl: Shell) -> None:
     jobs = [json.loads(line) for line in ctl("submit", "--json", "talk.m4a", "news.wav").out.splitlines()]
     assert [job["id"] for job in jobs] == [1, 2]
@@ -243,6 +256,60 @@ def test_output_files(peer: Peer, ctl: Shell) -> None:
     assert not [name for name in os.listdir(ctl.folder) if name.endswith(".tmp")]
     full = ctl("result", "1", "-o", "/dev/full")
     assert (full.code, "No space left" in full.err) == (2, True)
+
+
+@requires_program("setpriv")
+@pytest.mark.parametrize(
+    "path",
+    [
+        "closed", "closed/talk.txt", "closed/new/", "closed/in/talk.txt", "fixed", "fixed/talk.txt", "fixed/new/",
+        "x" * 252 + ".txt", "x" * 256 + "/", "full/talk.txt/", "link.txt", "talk.m4a/talk.txt",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_said_before_any_work(peer: Peer, ctl: Shell, path: str) -> None:
+    ctl.before = AS_A_USER
+    for name, mode in (("closed", 0), ("fixed", 0o555), ("full", 0o755)):
+        (ctl.folder / name).mkdir(mode)
+    (ctl.folder / "full/talk.txt").write_text("other words")
+    (ctl.folder / "link.txt").symlink_to("nowhere")
+    for command in (("transcribe", "talk.m4a"), ("result", "1")):
+        done = ctl(*command, "-o", path)
+        assert (done.code, done.out, path.rstrip("/") in done.err) == (2, "", True)
+        assert not done.err.startswith("whisperctl: cannot write:")
+    assert not peer.requests
+
+
+def test_names_with_a_number_are_looked_at_before_any_work(peer: Peer, ctl: Shell) -> None:
+    for name in ("other", "words", "words/news.txt"):
+        (ctl.folder / name).mkdir()
+    (ctl.folder / "other/talk.m4a").write_bytes(b"x")
+    (ctl.folder / "words/talk-2.txt").write_text("other words")
+    taken = ctl("transcribe", "talk.m4a", "other/talk.m4a", "-o", "words")
+    assert (taken.code, "words/talk-2.txt is there already" in taken.err) == (2, True)
+    folder = ctl("transcribe", "news.wav", "talk.m4a", "-o", "words", "--force")
+    assert (folder.code, "words/news.txt: it is a folder" in folder.err) == (2, True)
+    assert not peer.requests
+
+
+def test_a_name_may_be_as_long_as_names_can_be(peer: Peer, ctl: Shell) -> None:
+    name = "ä" * 125 + ".text"
+    assert ctl("transcribe", "talk.m4a", "-o", name).code == 0
+    assert (ctl.folder / name).read_text() == "Hello there.\nGood bye.\n"
+    peer.add_job(source={"kind": "fd", "name": "日" * 85})
+    peer.finish(2, "Hello.")
+    assert ctl("result", "2", "-o", "words/").code == 0
+    assert (ctl.folder / f"words/{'日' * 66}.txt").read_text() == "Hello.\n"
+
+
+def test_words_that_cannot_be_written_in_the_end_are_still_there(peer: Peer, ctl: Shell) -> None:
+    def transcribe(job: int) -> None:
+        (ctl.folder / "talk.txt").write_text("other words")  # nobody could know before
+        peer.finish(job, "Hello.")
+
+    peer.on_submit = transcribe
+    done = ctl("transcribe", "talk.m4a", "-o", "talk.txt")
+    assert (done.code, "'whisperctl result 1'" in done.err) == (2, True)
+    assert (ctl.folder / "talk.txt").read_text() == "other words"
 
 
 def test_a_failed_job_writes_no_file(peer: Peer, ctl: Shell) -> None:

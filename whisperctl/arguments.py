@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from whisperd.protocol.jobs import Job
 from whisperd.protocol.messages import VIDEO_ID
 
 STDIN = "-"
+_MAX_STEM_BYTES = 200  # of the 255 that a file's name may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ class Argument:
     @property
     def is_also_a_file(self) -> bool:
         """True for an id that is the name of a file here, too."""
-        return self.kind == "video" and Path(self.text).exists()
+        return self.kind == "video" and os.path.exists(self.text)  # False, too, where one may not look
 
     def submit(self, client: Client, *, on_upload: Progress, **request: Any) -> Job:
         """Submit it; raises as `Client.submit` does."""
@@ -90,6 +92,6 @@ def source_stem(job: Job) -> str:
 
 
 def file_stem(text: str) -> str:
-    """Return `text` as a file name that needs no quoting and cannot leave its folder."""
+    """Return `text` as a file name that needs no quoting, cannot leave its folder, and has room for an ending."""
     clean = re.sub(r"[^\w.-]+", "_", re.sub(r"^https?://", "", text)).strip("._")
-    return clean[:100] or "transcript"
+    return clean[:100].encode()[:_MAX_STEM_BYTES].decode(errors="ignore") or "transcript"

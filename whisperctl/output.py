@@ -72,28 +72,24 @@ class Output:
 
     def _prepare(self, written: str, stems: Sequence[str]) -> None:
         assert self._path is not None
-        self._is_folder = self._path.is_dir() or written.endswith("/") or self._several
-        if self._is_folder:
-            try:
-                self._path.mkdir(exist_ok=True)
-            except FileExistsError:
-                raise OutputError(f"-o {self._path} is a file; several transcripts need a folder") from None
-            except OSError as error:
-                raise _cannot_write(self._path, error) from None
-            for stem in stems:
-                self._check_free(self._path / f"{stem}.{self._ending}")
-        else:
-            self._check_free(self._path)
-            if not self._path.parent.is_dir():
-                raise OutputError(f"there is no folder {self._path.parent} to write {self._path.name} into")
+        self._is_folder = os.path.isdir(self._path) or written.endswith("/") or self._several
+        if not self._is_folder:
+            check_place(self._path, force=self._force)
+            return
+        try:
+            self._path.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise OutputError(f"-o {self._path} is a file; several transcripts need a folder") from None
+        except OSError as error:
+            raise _cannot_write(self._path, error) from None
+        names: set[Path] = set()
+        for stem in stems:
+            check_place(self._free_name(stem, names), force=self._force)
+        _check_folder(self._path / f"NAME.{self._ending}")  # of jobs, the names are not known yet
 
     @property
     def _ending(self) -> str:
         return "json" if self._wrapped else _ENDINGS.get(self._form, self._form)
-
-    def _check_free(self, path: Path) -> None:
-        if not self._force and path.is_file():
-            raise OutputError(f"{path} is there already; --force writes over it")
 
     def head(self, label: str, job_id: int) -> None:
         """Say on stdout whose transcript follows, where there are several."""
@@ -110,8 +106,11 @@ class Output:
         if self._path is None:
             self._to_stdout(content)
             return
-        path = self._free_name(stem) if self._is_folder else self._path
-        write_whole(path, content, force=self._force)
+        path = self._free_name(stem, self._taken) if self._is_folder else self._path
+        try:
+            write_whole(path, content, force=self._force)
+        except OutputError as error:
+            raise OutputError(f"{error}; 'whisperctl result {result.job.id}' still has it") from None
         self._screen.note(f"wrote {path}")
 
     def _content(self, result: Result, label: str) -> str | None:
@@ -134,23 +133,55 @@ class Output:
         elif content:
             self._screen.data(content.removesuffix("\n"))
 
-    def _free_name(self, stem: str) -> Path:
-        """Return the file for a source; two sources of one name get `name.txt` and `name-2.txt`."""
+    def _free_name(self, stem: str, taken: set[Path]) -> Path:
+        """Return the file for a source, and take it; two sources of one name get `name.txt` and `name-2.txt`."""
         assert self._path is not None
         path, count = self._path / f"{stem}.{self._ending}", 1
-        while path in self._taken:
+        while path in taken:
             count += 1
             path = self._path / f"{stem}-{count}.{self._ending}"
-        self._taken.add(path)
+        taken.add(path)
         return path
+
+
+def check_place(path: Path, *, force: bool) -> None:
+    """Raise the `OutputError` that `write_whole` would raise, as far as it can be known before there are words."""
+    try:
+        kind = _kind(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    if kind in (None, stat.S_IFREG):
+        if not force and os.path.lexists(path):
+            raise _there_already(path)
+        _check_folder(path)
+    elif kind == stat.S_IFDIR:
+        raise OutputError(f"cannot write {path}: it is a folder")
+    elif not os.access(path, os.W_OK):
+        raise OutputError(f"cannot write {path}: you are not allowed to")
+
+
+def _check_folder(path: Path) -> None:
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: nothing can be put into {path.parent}")
+
+
+def _kind(path: Path) -> int | None:
+    """Return which kind of file (`stat.S_IF...`) a path leads to; None where there is none. Raises `OSError`."""
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL in the name of a source, which says so itself
+        return None
 
 
 def write_whole(path: Path, content: str, *, force: bool) -> None:
     """Write a file whole or not at all, and never over another one without `force`. Raises `OutputError`."""
     data = content.encode("utf-8", "backslashreplace")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    # A short name, not made of the file's: that may be as long as a name can be.
+    temporary = path.with_name(f".whisperctl.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        if _kind(path) not in (None, stat.S_IFREG):
             path.write_bytes(data)  # /dev/null, a named pipe: nothing there to keep whole
             return
         try:
@@ -166,7 +197,7 @@ def write_whole(path: Path, content: str, *, force: bool) -> None:
             with suppress(FileNotFoundError):
                 temporary.unlink()
     except FileExistsError:
-        raise OutputError(f"{path} is there already; --force writes over it") from None
+        raise _there_already(path) from None
     except OSError as error:
         raise _cannot_write(path, error) from None
 
@@ -180,6 +211,10 @@ def _move_to_new(temporary: Path, path: Path) -> None:
         if path.exists():  # a file system without hard links: as near as it gets
             raise FileExistsError(path) from None
         os.rename(temporary, path)
+
+
+def _there_already(path: Path) -> OutputError:
+    return OutputError(f"{path} is there already; --force writes over it")
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
