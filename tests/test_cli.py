@@ -101,8 +101,20 @@ def test_options_travel(peer: Peer, ctl: Shell) -> None:
     }  # fmt: skip
     assert {name: options[name] for name in wanted} == wanted
     assert peer.jobs[1]["priority"] == "interactive"
-    refused = ctl("submit", "--option", "speed=2", "talk.m4a")
-    assert (refused.code, refused.err) == (2, "whisperctl: options does not know 'speed'\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        *((name, "talk.m4a") for name in ("speed", "priority", "on_upload", "client", "key", "timeout_s", "options")),
+        ("fresh", "dQw4w9WgXcQ"),
+        ("attached", "https://example.org/x"),
+    ],
+)
+def test_what_is_no_option_of_whisper_is_refused(peer: Peer, ctl: Shell, name: str, source: str) -> None:
+    refused = ctl("submit", "--option", f"{name}=2", source)
+    assert (refused.code, refused.err) == (2, f"whisperctl: options does not know '{name}'\n")
+    assert not peer.jobs
 
 
 def test_failures_of_jobs(peer: Peer, ctl: Shell) -> None:

@@ -179,6 +179,8 @@ def test_refusals_have_classes(peer: Peer, client: Client, talk: Path) -> None:
         client.result(99)
     with pytest.raises(BadRequest, match="does not know 'speed'"):
         client.submit(talk, speed=2)
+    with pytest.raises(BadRequest, match="does not know 'key'"):
+        client.submit(talk, options={"key": "mine"}, language="de")
     with pytest.raises(BadRequest, match="'gone'"):
         client.jobs(state="gone")
     peer.refuse["submit"] = WhisperdError("queue_full", "full")

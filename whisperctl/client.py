@@ -116,18 +116,21 @@ class Client:
         name: str | None = None,
         timeout_s: float | None = None,
         on_upload: Progress = lambda sent_bytes, size_bytes: None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Job:
         """Hand over a recording and return its job, once the daemon has it safe on its own disk.
 
         `key` makes a repeated submit the same job (without one, a random key serves this call). `attached` ties the
         job to this client: it is cancelled when the client goes. `fresh` computes anew what is known already.
+        openai-whisper's options are given by their names, or as a mapping where those come from elsewhere: `options`.
         Where no descriptor gets through to the daemon (a forwarded socket) the bytes are sent, and `on_upload` is
         called with how many have arrived, and of how many (None: not known).
         Raises `SourceUnreadable`, `QueueFull`, `StorageFull`, `BadRequest`, and `JobTimeout` after `timeout_s`.
         """
         opened = open_source(source, name=name)
-        params = _submit_params({"kind": "fd", "name": opened.name}, priority, key, attached, fresh, options)
+        wire = {"kind": "fd", "name": opened.name}
+        params = _submit_params(wire, priority, key, attached, fresh, {**(options or {}), **more})
         return self._submit(params, opened, timeout_s, on_upload)
 
     def submit_video(
@@ -139,10 +142,12 @@ class Client:
         attached: bool = False,
         fresh: bool = False,
         timeout_s: float | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Job:
         """Have the daemon fetch a YouTube video by its id; otherwise as `submit`."""
-        params = _submit_params({"kind": "video", "id": video_id}, priority, key, attached, fresh, options)
+        source = {"kind": "video", "id": video_id}
+        params = _submit_params(source, priority, key, attached, fresh, {**(options or {}), **more})
         return self._submit(params, None, timeout_s)
 
     def submit_url(
@@ -154,10 +159,12 @@ class Client:
         attached: bool = False,
         fresh: bool = False,
         timeout_s: float | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Job:
         """Have the daemon fetch an http(s) address; otherwise as `submit`."""
-        params = _submit_params({"kind": "url", "url": url}, priority, key, attached, fresh, options)
+        source = {"kind": "url", "url": url}
+        params = _submit_params(source, priority, key, attached, fresh, {**(options or {}), **more})
         return self._submit(params, None, timeout_s)
 
     def result(self, job_id: int, wait: bool = False, timeout_s: float | None = None) -> Result:

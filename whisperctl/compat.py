@@ -127,7 +127,7 @@ class WhisperAPIClient:
             key = f"compat {priority} {video_id[:64]} {self._variant} {number}"
             try:
                 job = self._client.submit_video(
-                    video_id, priority=priority, key=key, timeout_s=seconds_left(deadline), **self._options
+                    video_id, priority=priority, key=key, timeout_s=seconds_left(deadline), options=self._options
                 )
             except NotFound:
                 continue

@@ -118,7 +118,7 @@ def _submit(
                 priority=priority,
                 attached=attached,
                 fresh=request.fresh,
-                **request.options,
+                options=request.options,
             )
         except WhisperdError as error:
             alone = len(arguments) == 1 or isinstance(error, SourceUnreadable)  # that one names the source itself
