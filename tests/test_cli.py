@@ -172,6 +172,32 @@ def test_standard_input(peer: Peer, ctl: Shell) -> None:
     assert (twice.code, "only once" in twice.err) == (2, True)
 
 
+def test_lists_as_other_programs_write_them(peer: Peer, ctl: Shell) -> None:
+    (ctl.folder / "nul").write_bytes(b"a\0b.wav\ntalk.m4a\n")
+    done = ctl("submit", "--from", "nul")
+    assert (done.code, done.out) == (2, "1\n")
+    assert done.err == "whisperctl: cannot read a\\u0000b.wav: embedded null byte\n"
+    assert ctl("submit", "--from", "nul", "--wait", "-o", "words").code == 2
+    assert (ctl.folder / "words/talk.txt").exists()
+    (ctl.folder / "marked").write_text("talk.m4a\r\nnews.wav\r\n", "utf-8-sig")
+    assert ctl("submit", "--from", "marked").code == 0
+    for code in ("utf-16-le", "utf-16-be"):
+        (ctl.folder / "wide").write_text("\ufefftalk.m4a\n", code)
+        done = ctl("submit", "--from", "wide")
+        assert (done.code, done.out) == (2, "")
+        assert done.err == "whisperctl: the list wide is UTF-16: save it as UTF-8\n"
+    assert len(peer.jobs) == 4
+
+
+def test_a_closed_standard_input(peer: Peer, ctl: Shell) -> None:
+    ctl.before = ["sh", "-c", 'exec "$@" <&-', "sh"]
+    done = ctl("submit", "--from", "-")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "whisperctl: cannot read the list standard input: Bad file descriptor\n"
+    done = ctl("submit", "dQw4w9WgXcQ", "-")  # by then there is a connection, which must not take its place
+    assert (done.code, done.out, "Bad file descriptor" in done.err) == (2, "1\n", True)
+
+
 def test_ids_and_files_that_look_alike(peer: Peer, ctl: Shell) -> None:
     (ctl.folder / "interview01").write_bytes(b"a file")
     done = ctl("submit", "interview01", "./interview01", "--", "-dQw4w9WgXc")

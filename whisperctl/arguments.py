@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from dataclasses import dataclass
@@ -75,12 +76,15 @@ def read_list(path: str) -> list[str]:
 
     Raises `SourceUnreadable`.
     """
-    import sys
-
+    label = "standard input" if path == STDIN else path
     try:
-        content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+        with open(0 if path == STDIN else path, "rb", closefd=path != STDIN) as file:
+            content = file.read()
     except OSError as error:
-        raise SourceUnreadable(f"cannot read the list {path}: {error.strerror or error}") from None
+        raise SourceUnreadable(f"cannot read the list {label}: {error.strerror or error}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceUnreadable(f"the list {label} is UTF-16: save it as UTF-8")
+    content = content.removeprefix(codecs.BOM_UTF8)
     lines = (line.rstrip("\r") for line in content.decode("utf-8", "surrogateescape").split("\n"))
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

@@ -125,6 +125,9 @@ def _run(argv: list[str], shell: Shell) -> int:
 
 
 def _prepare_streams() -> None:
+    if sys.stdin is None:
+        # Closed (`<&-`): its number is held, by what cannot be read, or our own socket would become what `-` reads.
+        os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it stays open to the end)

@@ -149,7 +149,7 @@ def _handing_over(argument: Argument) -> str:
         case "stdin":
             return "reading standard input"
         case "file":
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # a NUL in a name of a list: the submit says so
                 return f"copying {argument.label} ({size(os.stat(argument.text).st_size)})"
     return f"handing over {argument.label}"
 
