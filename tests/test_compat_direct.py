@@ -126,6 +126,22 @@ def test_a_forked_child_neither_ends_nor_starts_it(surroundings: Path) -> None:
     assert not processes_below(surroundings)
 
 
+def test_it_is_stopped_in_order_while_a_forked_child_lives_on(surroundings: Path) -> None:
+    daemon = PrivateDaemon(["--model", NO_MODEL])
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        with (daemon.socket_path.parent / "log").open() as log:
+            daemon.close()
+            assert ": stopped\n" in log.read(), "its last word, which a kill cuts off"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert not list(surroundings.iterdir())
+
+
 def test_a_long_temporary_folder_is_no_place_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ("x" * 100)).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))

@@ -26,7 +26,8 @@ _MAX_FOLDER_BYTES = 100  # a socket's path may have 107
 
 
 class PrivateDaemon:
-    """`whisperd` for this process alone. It ends with `close`, with this object and with this process, also by kill -9.
+    """`whisperd` for this process alone. It ends with `close`, with this object and with this process, also by kill -9
+    (then once its forked children, which may use it too, have ended).
 
     `flags` are whisperd's own (`--model small`); its settings are read from the usual file and variables. Raises
     `DaemonUnreachable` with the daemon's own words when it does not start.
@@ -112,6 +113,7 @@ class _Owned:
         if self.process is not None:
             assert self.process.stdin is not None
             self.process.stdin.close()
+            self.process.terminate()  # a forked child may hold the other copy of the pipe's end
             try:
                 self.process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
