@@ -350,6 +350,11 @@ def test_words_that_cannot_be_written_in_the_end_are_still_there(peer: Peer, ctl
     assert (ctl.folder / "talk.txt").read_text() == "other words"
 
 
+def test_a_name_writes_no_lines_of_its_own(ctl: Shell) -> None:
+    done = ctl("submit", "gone\nwhisperctl: all is well")
+    assert (done.code, done.err) == (2, "whisperctl: there is no file gone\\nwhisperctl: all is well\n")
+
+
 def test_a_failed_job_writes_no_file(peer: Peer, ctl: Shell) -> None:
     peer.on_submit = lambda job: peer.fail(job, "bad_audio", "no audio")
     assert ctl("transcribe", "talk.m4a", "-o", "talk.txt").code == 1

@@ -75,7 +75,7 @@ class Screen:
 
     def _tell(self, text: str) -> None:
         self._hide()
-        self._err.write("\n".join(map(safe, text.split("\n"))) + "\n")
+        self._err.write(safe(text) + "\n")
         self._err.flush()
         self._draw()
 
