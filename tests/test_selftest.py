@@ -171,6 +171,13 @@ def test_what_is_no_fault(peer: Peer) -> None:
     assert crosses(inspect(peer)) == set()
 
 
+def test_whom_one_is_behind_a_forwarded_socket(peer: Peer) -> None:
+    peer.hello["uid"] = os.geteuid() + 1
+    steps = inspect(peer)
+    assert crosses(steps) == set()
+    assert f"to the daemon uid {os.geteuid() + 1} (a forwarded socket?)" in steps["permissions"].told
+
+
 def test_a_socket_that_everybody_may_replace(peer: Peer) -> None:
     folder = peer.path.parent
     folder.chmod(0o777)

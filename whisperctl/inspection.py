@@ -96,11 +96,11 @@ class Inspection:
         return f"whisperd answers at {self._client.socket_path}"
 
     def _permissions(self) -> str:
-        uid, path = self._hello.get("uid"), Path(self._client.socket_path)
-        if uid is not None and uid != os.geteuid():
-            what = "nobody" if uid in _UNKNOWN_UIDS else f"uid {uid}"
+        own, path = os.geteuid(), Path(self._client.socket_path)
+        uid = self._hello.get("uid", own)
+        if uid != own and uid in _UNKNOWN_UIDS:
             raise _Wrong(
-                f"the daemon takes you for {what}, and you are uid {os.geteuid()}",
+                f"the daemon takes you for nobody, and you are uid {own}",
                 "it must see the users of this machine: no PrivateUsers= in its unit, no container between",
             )
         folder = path.parent.stat()
@@ -108,7 +108,9 @@ class Inspection:
             raise _Wrong(f"everybody may put another socket into {path.parent}", f"run chmod o-w {path.parent}")
         mode, role = stat.S_IMODE(path.stat().st_mode), "an admin" if self._hello.get("admin") else "no admin"
         who = "everybody" if mode & stat.S_IWOTH else "its group" if mode & stat.S_IWGRP else "its owner"
-        return f"you are uid {os.geteuid()}, {role}; the socket (mode {mode:04o}) is open to {who}"
+        # Through a socket that ssh forwards one is the account that ssh logged in to.
+        there = "" if uid == own else f" and to the daemon uid {uid} (a forwarded socket?)"
+        return f"you are uid {own}{there}, {role}; the socket (mode {mode:04o}) is open to {who}"
 
     def _versions(self) -> str:
         version, protocol = self._health.get("version"), self._health.get("protocol")
