@@ -503,6 +503,18 @@ def test_a_full_disk_behind_stdout(ctl: Shell) -> None:
     assert (process.returncode, b"No space left" in error, b"Traceback" in error) == (1, True, False)
 
 
+def test_json_is_json_in_every_locale(peer: Peer, ctl: Shell) -> None:
+    name = '\U0001f600 \\ä" 日本'
+    peer.finish(peer.add_job(source={"kind": "fd", "name": name}), name)
+    told = json.loads(ctl("result", "1", "--json").out)
+    assert told["job"]["source"]["name"] == name
+    ctl.environ |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = ctl("result", "1", "--json")
+    assert done.out.isascii()
+    assert json.loads(done.out) == told
+    assert ctl("result", "1").out == '\\ud83d\\ude00 \\\\u00e4" \\u65e5\\u672c\n'
+
+
 def test_closed_streams(ctl: Shell) -> None:
     command = f"{sys.executable} -m whisperctl health >&- 2>&-"
     assert subprocess.run(command, shell=True, env=ctl.environ, timeout=20, check=False).returncode == 0

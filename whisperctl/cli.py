@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Sequence
@@ -125,14 +126,23 @@ def _run(argv: list[str], shell: Shell) -> int:
 
 
 def _prepare_streams() -> None:
+    codecs.register_error("whisperctl.json", _escape)
     if sys.stdin is None:
         # Closed (`<&-`): its number is held, by what cannot be read, or our own socket would become what `-` reads.
         os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it stays open to the end)
-        # A name may hold what the terminal's encoding has no letter for.
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        # A name may hold what the stream's encoding has no letter for.
+        getattr(sys, name).reconfigure(errors="whisperctl.json")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Write as JSON does what an encoding has no letter for: JSON stays JSON, and people can read it too."""
+    import json
+
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _drop_output() -> None:
