@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, TypeVar
 
 from whisperctl.connection import Connection, ConnectionLost, open_channel, request_frame, seconds_left
@@ -84,28 +84,25 @@ class Link:
             patience = self._patience(min(patience_s, self._timeout_s), None)
         while True:
             connection = self._reach(patience, self._connection)
-            try:
-                result = connection.request(op, params, descriptors, waits=waits, deadline=deadline)
-            except ConnectionLost as error:
-                if not resend:
+            with self._trying(patience):
+                try:
+                    result = connection.request(op, params, descriptors, waits=waits, deadline=deadline)
+                except ConnectionLost as error:
+                    if resend:
+                        raise
                     raise DaemonUnreachable(
                         f"the connection broke during {op!r}, and whether it was done is not known; "
                         "look with 'whisperctl list' before trying again"
                     ) from error
-                patience.pause_or_raise(_gone(self.path))
-            except TimeoutError:
-                if waits:
-                    raise
-                raise DaemonUnreachable(
-                    f"whisperd at {self.path} did not answer within {limit_s:g} s; see its log, or restart it"
-                ) from None
-            except WhisperdError as error:
-                if error.code != ErrorCode.STOPPING:
-                    raise
-                patience.pause_or_raise(error)
-            else:
-                patience.over()
-                return result
+                except TimeoutError:
+                    if waits:
+                        raise
+                    raise DaemonUnreachable(
+                        f"whisperd at {self.path} did not answer within {limit_s:g} s; see its log, or restart it"
+                    ) from None
+                break
+        patience.over()
+        return result
 
     def events(
         self, job_id: int, after_seq: int, *, deadline: float | None = None
@@ -132,7 +129,7 @@ class Link:
         while True:
             frame = request_frame(1, op, params)
             channel = self._reach(patience, self._channel)
-            try:
+            with self._trying(patience), closing(channel):
                 channel.send_frame(frame)
                 while True:
                     message = next_message(channel, deadline)
@@ -143,16 +140,6 @@ class Link:
                         yield message.get("result") or {}, False
                         continue
                     yield message, True
-            except TimeoutError:
-                raise
-            except (EOFError, OSError, FrameError):
-                patience.pause_or_raise(_gone(self.path))
-            except WhisperdError as error:
-                if error.code != ErrorCode.STOPPING:
-                    raise
-                patience.pause_or_raise(error)
-            finally:
-                channel.close()
 
     def converse(
         self, talk: Callable[[Channel, Callable[[], None]], T], *, deadline: float | None = None
@@ -170,20 +157,11 @@ class Link:
 
         while True:
             channel = self._reach(patience, self._channel)
-            try:
-                with ExitStack() as opened:
-                    opened.callback(channel.close)
-                    found = talk(channel, answered)
-                    opened.pop_all()
-                    return found, channel
-            except TimeoutError:
-                raise
-            except (EOFError, OSError, FrameError):
-                patience.pause_or_raise(_gone(self.path))
-            except WhisperdError as error:
-                if error.code != ErrorCode.STOPPING:
-                    raise
-                patience.pause_or_raise(error)
+            with self._trying(patience), ExitStack() as opened:
+                opened.callback(channel.close)
+                found = talk(channel, answered)
+                opened.pop_all()
+                return found, channel
 
     def close(self) -> None:
         """End the connection and whatever waits on it."""
@@ -207,6 +185,23 @@ class Link:
                 return connect()
             except DaemonUnreachable as error:
                 patience.pause_or_raise(error, hopeless=not self._met)
+
+    @contextmanager
+    def _trying(self, patience: _Patience) -> Iterator[None]:
+        """One try. Where the daemon has gone, or is about to, the block ends without an error after a pause: try again.
+
+        Raises what `patience` does when it is over, and all other errors of the block.
+        """
+        try:
+            yield
+        except TimeoutError:  # an OSError, too
+            raise
+        except (ConnectionLost, EOFError, OSError, FrameError):
+            patience.pause_or_raise(_gone(self.path))
+        except WhisperdError as error:
+            if error.code != ErrorCode.STOPPING:
+                raise
+            patience.pause_or_raise(error)
 
     def _connection(self) -> Connection:
         self.check_usable()
