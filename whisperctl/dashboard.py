@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +18,7 @@ from rich.text import Text
 from whisperctl.history import SPAN_S, History, Snapshot
 from whisperctl.plot import plot
 from whisperctl.render import how_it_is, source_label
-from whisperctl.words import duration, model_words, number, plural, safe, shortened, size
+from whisperctl.words import duration, map_in, model_words, number, plural, safe, shortened, size
 from whisperd.protocol.jobs import Job
 
 _PLOT_LINES = 3
@@ -233,7 +233,7 @@ def _memory_words(last: Snapshot) -> list[str]:
 
 
 def _done_words(last: Snapshot) -> list[str]:
-    counts = _map(_map(last.stats, "jobs"), "since_start")
+    counts = map_in(map_in(last.stats, "jobs"), "since_start")
     crashes = last.number("model.crashes")
     return [
         *(f"{number(counts[state])} {state}" for state in ("done", "failed", "cancelled") if counts.get(state)),
@@ -246,8 +246,3 @@ def _done_words(last: Snapshot) -> list[str]:
 
 def _told(value: float | None, words: Callable[[float], str]) -> str:
     return "" if value is None else words(value)
-
-
-def _map(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, Mapping) else {}

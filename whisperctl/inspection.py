@@ -19,7 +19,7 @@ import whisperd
 from whisperctl.client import Client
 from whisperctl.connection import seconds_left
 from whisperctl.errors import BadRequest, JobTimeout
-from whisperctl.words import duration, model_words, size
+from whisperctl.words import duration, map_in, model_words, size
 from whisperd import __version__
 from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import WhisperdError
@@ -153,7 +153,7 @@ class Inspection:
             self._stats = self._client.stats(inspect=True)
         except BadRequest:  # an older daemon
             self._stats = self._client.stats()
-        software, model = _map(self._stats, "software"), self._model_of_health()
+        software, model = map_in(self._stats, "software"), self._model_of_health()
         device, torch = str(model.get("device") or ""), software.get("torch")
         if torch is None:
             raise _Wrong("the model's process has not told its torch", "see the daemon's log: does the model load?")
@@ -166,7 +166,7 @@ class Inspection:
         return f"{where}, torch {torch}; no CUDA: {software.get('cuda_problem')}"
 
     def _ffmpeg(self) -> str:
-        software = _map(self._stats, "software")
+        software = map_in(self._stats, "software")
         if not software.get("ffmpeg"):
             raise _Wrong(
                 "no decoder has told its FFmpeg", "see the daemon's log; pip install 'whisperd[server]' mends it"
@@ -174,7 +174,7 @@ class Inspection:
         return f"FFmpeg {software['ffmpeg']} in PyAV {software.get('av')}"
 
     def _yt_dlp(self) -> str:
-        lane = _map(_map(self._stats, "lanes"), "fetch")
+        lane = map_in(map_in(self._stats, "lanes"), "fetch")
         allowed = lane.get("extractors")
         if allowed == []:
             return "no downloads (setting fetch_extractors is empty)"
@@ -231,15 +231,15 @@ class Inspection:
         return f"both say what is spoken, after {duration(self._clock() - begun)}"
 
     def _counters(self) -> str:
-        done_before = _map(_map(self._stats, "jobs"), "since_start").get("done", 0)
+        done_before = map_in(map_in(self._stats, "jobs"), "since_start").get("done", 0)
         stats = self._client.stats()
-        done = _map(_map(stats, "jobs"), "since_start").get("done", 0)
+        done = map_in(map_in(stats, "jobs"), "since_start").get("done", 0)
         if done < done_before + 2:
             raise _Wrong(
                 f"{done} jobs done, and there were {done_before} before the two of this test",
                 "did the daemon restart meanwhile? Try again",
             )
-        speed = _map(stats, "audio").get("speed")
+        speed = map_in(stats, "audio").get("speed")
         return f"{done} jobs done since the start" + (f", {speed:.1f} × real time" if speed else "")
 
 
@@ -331,8 +331,3 @@ def _likeness(spoken: str, heard: str) -> float:
     wanted, found = (re.findall(r"\w+", text.lower()) for text in (spoken, heard))
     matcher = difflib.SequenceMatcher(None, wanted, found, autojunk=False)
     return sum(block.size for block in matcher.get_matching_blocks()) / max(1, len(wanted), len(found))
-
-
-def _map(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, Mapping) else {}

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import click
 
 from whisperctl.exits import Exit
-from whisperctl.options import Shell, common_options, json_option
+from whisperctl.options import JOB, Shell, common_options, json_option
 from whisperctl.render import job_table
 from whisperctl.words import to_json
 from whisperd.protocol.jobs import Job, JobState
 
-JOB = click.IntRange(min=1)
 jobs_argument = click.argument("jobs", nargs=-1, required=True, type=JOB, metavar="JOB...")
 
 

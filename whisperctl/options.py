@@ -106,4 +106,5 @@ def common_options(command: Command) -> Command:
     return command
 
 
+JOB = click.IntRange(min=1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON for programs: an object a line.")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from whisperctl.words import map_in
+
 _PREFIX = "whisperd_"
 _DAY_S = 86400
 
@@ -85,7 +87,7 @@ def exposition(stats: Mapping[str, Any], health: Mapping[str, Any]) -> str:
     """Return the text that a scrape gets. A number that only a newer daemon tells appears under its key's own name."""
     metrics = {"up": _Metric("gauge", "1: the daemon answers.", [({}, 1.0)])}
     metrics |= _states("status", "1 for what the daemon is.", _STATUSES, health.get("status"))
-    metrics |= _states("model_state", "1 for what the model is.", _STATES, _map(stats, "model").get("state"))
+    metrics |= _states("model_state", "1 for what the model is.", _STATES, map_in(stats, "model").get("state"))
     metrics["problems"] = _Metric("gauge", "Things that keep the daemon from working well.",
                                   [({}, float(len(health.get("problems") or ())))])  # fmt: skip
     metrics["build_info"] = _Metric("gauge", "Versions of what does the work.", [(_build(stats, health), 1.0)])
@@ -124,8 +126,8 @@ def _states(name: str, help: str, known: tuple[str, ...], now: Any) -> dict[str,
 
 
 def _build(stats: Mapping[str, Any], health: Mapping[str, Any]) -> dict[str, str]:
-    software, fetch = _map(stats, "software"), _map(_map(stats, "lanes"), "fetch")
-    model = _map(health, "model")
+    software, fetch = map_in(stats, "software"), map_in(map_in(stats, "lanes"), "fetch")
+    model = map_in(health, "model")
     told = {
         "version": health.get("version"),
         **{name: software.get(name) for name in ("python", "torch", "whisper", "cuda", "av", "ffmpeg")},
@@ -152,8 +154,3 @@ def _value(value: float) -> str:
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
     return repr(int(value)) if value == int(value) and abs(value) < 2**53 else repr(float(value))
-
-
-def _map(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, Mapping) else {}

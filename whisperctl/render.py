@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from whisperctl.words import columns, duration, number, paint, plural, safe, shortened, size
+from whisperctl.words import columns, duration, map_in, number, paint, plural, safe, shortened, size
 
 if TYPE_CHECKING:
     from whisperd.protocol.jobs import Job
 
+LIVE_STATES = ("running", "queued", "fetching", "pending")  # what is nearest to its words first
 _STATE_COLOURS = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 _STATE_WORDS = {
     "pending": "waiting to be downloaded",
@@ -94,13 +95,13 @@ def stats_lines(stats: Mapping[str, Any], *, colours: bool) -> list[str]:
 
 
 def _stats_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    jobs, queue, audio = _map(stats, "jobs"), _map(stats, "queue"), _map(stats, "audio")
-    yield "jobs", _counts(_map(jobs, "total"))
-    yield "since start", _counts(_map(jobs, "since_start"))
+    jobs, queue, audio = map_in(stats, "jobs"), map_in(stats, "queue"), map_in(stats, "audio")
+    yield "jobs", _counts(map_in(jobs, "total"))
+    yield "since start", _counts(map_in(jobs, "since_start"))
     waiting = [f"{number(queue[name])} {name}" for name in ("interactive", "background") if name in queue]
     yield "waiting", ", ".join(waiting) + (f", room for {number(queue['capacity'])}" if "capacity" in queue else "")
     for title, key in (("waited", "wait_s"), ("ran", "run_s")):
-        yield title, ", ".join(filter(None, (_spread(name, spread) for name, spread in _map(stats, key).items())))
+        yield title, ", ".join(filter(None, (_spread(name, spread) for name, spread in map_in(stats, key).items())))
     yield (
         "audio",
         _joined(
@@ -112,7 +113,7 @@ def _stats_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _machine_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    model, lanes, daemon = _map(stats, "model"), _map(stats, "lanes"), _map(stats, "daemon")
+    model, lanes, daemon = map_in(stats, "model"), map_in(stats, "lanes"), map_in(stats, "daemon")
     yield (
         "model",
         _joined(
@@ -139,7 +140,7 @@ def _machine_rows(stats: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             until = lane.get("rests_until")
             rest = time.strftime("rests until %H:%M:%S", time.localtime(until)) if until else ""
             yield f"{name} lane", ", ".join(filter(None, (counts, rest)))
-    yield "software", _software(_map(stats, "software"), _map(lanes, "fetch"))
+    yield "software", _software(map_in(stats, "software"), map_in(lanes, "fetch"))
     yield (
         "store",
         _joined(
@@ -170,11 +171,6 @@ def _software(software: Mapping[str, Any], fetch: Mapping[str, Any]) -> str:
     )
     words = [f"{name} {version}" for name, version in told if version]
     return ", ".join([*words, *filter(None, [fetch.get("js_runtime")])])
-
-
-def _map(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _counts(counts: Mapping[str, Any]) -> str:

@@ -157,16 +157,16 @@ def show_status(shell: Shell, *, as_json: bool) -> int:
 
     It is for looking: whatever the daemon is, it is done once it has answered. What exits by that is `health`.
     """
+    from whisperctl.render import LIVE_STATES, job_table
+
     screen, client = shell.screen, shell.client
     answer = client.health()
     for line in [] if as_json else health_lines(answer, colours=screen.colours):
         screen.data(line)
-    live = [job for state in ("running", "queued", "fetching", "pending") for job in client.jobs(state=state, limit=10)]
+    live = [job for state in LIVE_STATES for job in client.jobs(state=state, limit=10)]
     if as_json:
         screen.data(to_json({**answer, "jobs": [job.to_wire() for job in live]}))
     elif live:
-        from whisperctl.render import job_table
-
         screen.data("")
         for line in job_table(live, colours=screen.colours, width=screen.columns):
             screen.data(line)

@@ -12,6 +12,7 @@ from whisperctl.client import Client
 from whisperctl.errors import DaemonUnreachable
 from whisperctl.history import History, Snapshot
 from whisperctl.options import Shell
+from whisperctl.render import LIVE_STATES
 from whisperctl.terminal import Screen
 from whisperctl.words import number, safe, size, to_json
 from whisperd.protocol.errors import ErrorCode, WhisperdError
@@ -20,7 +21,6 @@ WATCH_S = 2.0
 _ANSWER_S = 10.0
 _JOBS_A_STATE = 20
 _AWAY = frozenset({DaemonUnreachable.CODE, ErrorCode.STOPPING, ErrorCode.UNAVAILABLE})
-LIVE_STATES = ("running", "fetching", "queued", "pending")
 
 
 class View(Protocol):

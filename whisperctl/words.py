@@ -119,6 +119,12 @@ def to_json(value: Mapping[str, Any]) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
+def map_in(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the map under a key; an empty one where a daemon of another version has none there."""
+    value = values.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def model_words(model: Mapping[str, Any]) -> str:
     """Return `model small on cuda:0 (float16)`, or what keeps it from that."""
     name, state = safe(model.get("name", "?")), str(model.get("state", "?"))

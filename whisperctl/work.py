@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
-from whisperctl.options import Shell, common_options, complete_file, json_option
+from whisperctl.options import JOB, Shell, common_options, complete_file, json_option
 from whisperctl.work_options import OutputOptions, RequestOptions, output_options, request_options
-
-JOB = click.IntRange(min=1)
 
 timeout_option = click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="SECONDS",
                               help="Wait no longer than this; the jobs go on (exit 7).")  # fmt: skip

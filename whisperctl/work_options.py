@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from whisperctl.options import complete_file, json_option
+from whisperd.protocol.options import MODES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,7 +94,7 @@ def request_options(command: Command) -> Command:
                      "else background]"),
         click.option("--option", "more", metavar="NAME=VALUE", multiple=True,
                      help="Any other option of whisper.transcribe, its value as JSON: best_of=5. May be repeated."),
-        click.option("--mode", type=click.Choice(("exact", "fast")),
+        click.option("--mode", type=click.Choice(MODES),
                      help="Exactly openai-whisper's text, or windows cut at silences, decoded together.  "
                      "[default: as the daemon is set]"),
         click.option("--temperature", metavar="T[,T...]",
