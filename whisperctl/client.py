@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from whisperctl.connection import Connection, seconds_left
+from whisperctl.connection import seconds_left
 from whisperctl.errors import BadRequest, JobTimeout, refusal
+from whisperctl.holds import Hold, Holds
 from whisperctl.link import Link
 from whisperctl.results import Event, Result, Segment, Transcript
 from whisperctl.sources import OpenSource, Source, open_source
 from whisperctl.uploading import Progress, upload, upload_source
-from whisperd.protocol.channel import Channel
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Job, Priority
 from whisperd.protocol.messages import MAX_JOBS_LIMIT
 
 _RECONNECT_S = 60.0
 _ANSWER_S = 10.0  # for a reply to travel, on top of what the daemon was asked to wait
-
-
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """An attached job: submitted again, by its key, on every new connection, so that the daemon keeps it.
-
-    `channel` is the connection that an upload came by: until another one, it is the holder.
-    """
-
-    params: Mapping[str, Any]
-    opened: OpenSource | None
-    channel: Channel | None
-
-    @property
-    def descriptors(self) -> list[int]:
-        """What goes along with the submit."""
-        return [] if self.opened is None or self.channel is not None else [self.opened.fd]
-
-    def close(self) -> None:
-        """Let go: the job may end."""
-        for held in (self.opened, self.channel):
-            if held is not None:
-                held.close()
 
 
 class Client:
@@ -67,13 +41,12 @@ class Client:
         reconnect_s: float = _RECONNECT_S,
         notify: Callable[[str], None] | None = None,
     ) -> None:
-        self._holds: dict[int, _Hold] = {}
-        self._holds_lock = threading.Lock()
+        self._holds = Holds()
         self._link = Link(
             socket,
             timeout_s=timeout_s,
             reconnect_s=reconnect_s,
-            greet=self._hold_again,
+            greet=self._holds.submit_all,
             needed=lambda: bool(self._holds),
             notify=notify or (lambda words: None),
         )
@@ -183,7 +156,7 @@ class Client:
                 raise _not_in_time(job_id) from None
             result = _read_result(reply)
             if result.job.ended:
-                self._release(job_id)
+                self._holds.release(job_id)
                 return result
             if not wait:
                 return result
@@ -208,7 +181,7 @@ class Client:
                         continue  # its events come by themselves
                     event = Event(kind="end", job_id=job.id, state=job.state, error=job.error)
                 if event.kind == "end":
-                    self._release(job_id)
+                    self._holds.release(job_id)
                 yield event
                 if event.kind == "end":
                     return
@@ -245,7 +218,7 @@ class Client:
     def cancel(self, job_id: int) -> Job:
         """Cancel a job and return it; one that has ended comes back unchanged. Raises `NotFound`."""
         job = Job.from_wire(self._link.call("cancel", {"job": job_id})["job"])
-        self._release(job_id)
+        self._holds.release(job_id)
         return job
 
     def retry(self, job_id: int) -> Job:
@@ -317,10 +290,7 @@ class Client:
     def close(self) -> None:
         """Leave: requests of other threads fail, attached jobs lose this holder."""
         self._link.close()
-        with self._holds_lock:
-            holds, self._holds = self._holds, {}
-        for hold in holds.values():
-            hold.close()
+        self._holds.close()
 
     def __enter__(self) -> Self:
         return self
@@ -338,8 +308,8 @@ class Client:
         on_upload: Progress = lambda sent_bytes, size_bytes: None,
     ) -> Job:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        hold = _Hold(params, opened, None)
-        held = False
+        hold = Hold(params, opened, None)
+        kept = False
         try:
             descriptors = [] if opened is None else [opened.fd]
             try:
@@ -350,13 +320,10 @@ class Client:
                 # What carries the bytes to the daemon carries no descriptors.
                 params = params | {"source": upload_source(opened)}
                 reply, channel = upload(self._link, params, opened, deadline=deadline, progress=on_upload)
-                hold = _Hold(params, opened, channel)
+                hold = Hold(params, opened, channel)
             job = Job.from_wire(reply["job"])
             if params["attached"] and not job.ended:
-                with self._holds_lock:
-                    held = job.id not in self._holds
-                    # A list among the options is the caller's, who may change it while the job is held.
-                    self._holds.setdefault(job.id, replace(hold, params=deepcopy(hold.params)))
+                kept = self._holds.keep(job.id, hold)
             return job
         except TimeoutError:
             raise JobTimeout(
@@ -366,19 +333,8 @@ class Client:
                 key=params["key"],
             ) from None
         finally:
-            if not held:
+            if not kept:
                 hold.close()
-
-    def _hold_again(self, connection: Connection) -> None:
-        with self._holds_lock:
-            for hold in self._holds.values():
-                connection.post("submit", hold.params, hold.descriptors)
-
-    def _release(self, job_id: int) -> None:
-        with self._holds_lock:
-            hold = self._holds.pop(job_id, None)
-        if hold is not None:
-            hold.close()
 
 
 def _submit_params(
