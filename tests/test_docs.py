@@ -35,6 +35,21 @@ def code_names(text: str) -> set[str]:
     return set(re.findall(r"`([a-z_]+)`", text))
 
 
+@pytest.mark.parametrize(
+    ("folder", "heading"),
+    [
+        ("whisperctl", "## The client's rooms"),
+        ("whisperd/daemon", "## The house"),
+        ("whisperd/model", "## The model helper's rooms"),
+        ("whisperd/model/batch", "## The batcher"),
+    ],
+)
+def test_every_module_has_its_place_on_the_map(folder: str, heading: str) -> None:
+    page = section((ROOT / "docs/architecture.md").read_text(), heading)
+    modules = {path.stem for path in (ROOT / folder).glob("[!_]*.py")}
+    assert modules - set(re.findall(r"`(\w+)(?:\.py)?`", page)) == set()
+
+
 def test_every_error_code_is_explained() -> None:
     assert code_names(section(PROTOCOL, "## Errors")) >= set(ErrorCode)
 
