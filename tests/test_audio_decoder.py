@@ -17,10 +17,10 @@ import pytest
 
 from tests.audio_files import LEFT_HZ, RIGHT_HZ, wav_with_length, with_cover, write_audio, write_silence
 from tests.helper_process import HelperProcess
-from tests.support import requires_program
-from whisperd.protocol.helper_messages import Cancel, Decode, Decoded, Failed, Progress
+from tests.support import requires_program, requires_root, small_disk
+from whisperd.protocol.helper_messages import Cancel, Decode, Decoded, Failed, NoRoom, Progress
 
-SETTINGS = {"max_audio_s": 7200.0, "decode_cpu_s": 600, "decode_memory_mb": 1024}
+SETTINGS = {"max_audio_s": 7200.0, "decode_cpu_s": 600, "decode_memory_mb": 1024, "min_free_bytes": 0}
 
 
 class Decoder:
@@ -317,6 +317,27 @@ def test_a_full_disk_is_told_and_the_next_file_works(tmp_path: Path, make: Calla
         assert decoder.failed(make("mono.wav")).code == "storage_full"
         resource.prlimit(decoder.helper.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
         decoder.decoded(make("mono.wav"))
+
+
+@requires_root
+def test_a_recording_that_does_not_fit_beside_what_stays_free_is_told_from_a_full_disk(
+    tmp_path: Path, make: Callable[[str], Path], hour: Path
+) -> None:
+    plain = write_audio(tmp_path / "plain.wav", "pcm_mulaw", seconds=300, rate=8000)  # 2.4 MB; nobody knows its length
+    free_bytes = 5 * 2**20
+    with small_disk(tmp_path / "spool", "12m"), run_decoder(tmp_path / "spool", min_free_bytes=free_bytes) as decoder:
+        for content in (hour, plain):
+            order = decoder.begin(content)
+            answer = decoder.helper.answer(NoRoom, Decoded, Failed)
+            assert isinstance(answer, NoRoom)
+            assert [entry.name for entry in decoder.folder.iterdir()] == ["source"]
+            if content == hour:
+                assert answer == NoRoom(run=order.run, generation=1, needed_bytes=3600 * 32_000)
+            else:
+                assert 2 * 2**20 < answer.needed_bytes < 7 * 2**20, "it had all the room there was, and no more"
+        decoder.decoded(make("mono.wav"))
+        (tmp_path / "spool" / "others").write_bytes(b"x" * free_bytes)
+        assert decoder.failed(make("mono.wav")).code == "storage_full", "nothing more fits"
 
 
 def test_cancel_stops_a_decoding(decoder: Decoder, hour: Path) -> None:

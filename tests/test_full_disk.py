@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.audio_files import write_audio, write_silence
 from tests.support import (
     NO_MODEL,
     Daemon,
@@ -41,12 +42,12 @@ pytestmark = requires_root
 
 @pytest.fixture
 def tiny(make_daemon: Callable[..., Daemon]) -> Iterator[Callable[..., Daemon]]:
-    """A function that prepares a daemon whose state lies on a disk of 24 MiB."""
+    """A function that prepares a daemon whose state lies on a disk of 24 MiB, or of another size."""
     mounts = []
 
-    def make(**settings: Any) -> Daemon:
+    def make(size: str = "24m", **settings: Any) -> Daemon:
         daemon = make_daemon(**TINY | settings)
-        mount = small_disk(daemon.state_dir, "24m")
+        mount = small_disk(daemon.state_dir, size)
         mount.__enter__()
         mounts.append(mount)
         return daemon
@@ -216,6 +217,37 @@ def test_decoding_pauses_on_a_full_disk_and_goes_on_by_itself(
         wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
         assert client.call("result", job=job["id"])["job"]["attempts"] == 0
         assert not [path for path in files_in(daemon.state_dir) if path.suffix == ".partial"]
+
+
+@pytest.mark.parametrize("name", ["long.flac", "long.wav"])
+def test_a_recording_that_does_not_fit_waits_for_room_and_the_others_go_on(
+    tiny: Callable[..., Daemon], micro: Path, recording: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """FLAC says how long it is; of a WAV nobody knows until the disk has become too small for it."""
+    daemon = tiny("64m", model=str(micro))
+    daemon.start(ready=True)
+    path = tmp_path / name
+    if name == "long.flac":
+        write_silence(path, 600)  # decoded it has 19 MB
+    else:
+        write_audio(path, "pcm_mulaw", seconds=600, rate=8000)  # a fourth of that
+    with daemon.client() as client:
+        leave(daemon, client, 14 * 2**20)
+        (decoder,) = daemon.helpers("whisperd.audio.decoder")
+        decoder.suspend()
+        long = submit(client, path)
+        others = [submit(client, recording(3)) for _ in range(3)]
+        decoder.resume()
+        for job in others:
+            assert client.result(job["id"], timeout_s=30)["job"]["state"] == "done"
+        waiting = wait_until(lambda: "room" in (job := client.call("result", job=long["id"])["job"])["phase"] and job)
+        assert (waiting["state"], waiting["attempts"]) == ("queued", 0)
+        assert any("decoding waits" in problem for problem in client.call("health")["problems"])
+        assert ballast(daemon).exists(), "the disk was never full"
+        (daemon.state_dir / "fill").unlink()
+        assert client.result(long["id"], timeout_s=30)["job"]["state"] == "done"
+        assert client.call("health")["problems"] == []
+    assert "Traceback" not in daemon.log()
 
 
 def test_a_daemon_starts_on_a_full_disk_and_is_tidied_there(

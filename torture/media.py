@@ -142,6 +142,7 @@ def _helper(spool: Path) -> HelperProcess:
         "max_audio_s": float(MAX_AUDIO_S),
         "decode_memory_mb": MEMORY_MB,
         "decode_cpu_s": CPU_S,
+        "min_free_bytes": 0,
     }
     return HelperProcess("whisperd.audio.decoder", settings)
 

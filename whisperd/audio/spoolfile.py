@@ -67,6 +67,11 @@ class SpoolFile:
         if number not in _CANNOT:
             raise OSError(number, os.strerror(number))
 
+    def free_bytes(self) -> int:
+        """Return how many bytes are free for us on the disk beside it. Raises `OSError`."""
+        status = os.fstatvfs(self._fd)
+        return status.f_bavail * status.f_frsize
+
     def sync(self) -> None:
         """Return once everything is on the disk. Raises `OSError`."""
         os.fsync(self._fd)

@@ -189,7 +189,7 @@ class Config:
     min_free_bytes: int = _setting(
         512 * 2**20,
         "Free disk space below which a submit is refused as `storage_full`; twice `ballast_bytes`, if that is more, "
-        "else queued audio could take the room that decoding it wants.",
+        "else queued audio could take the room that decoding it wants. Decoding leaves half of it free.",
         low=0,
     )
     ballast_bytes: int = _setting(
@@ -390,6 +390,11 @@ class Config:
     def kept_free_bytes(self) -> int:
         """What submits and downloads leave free: below two ballasts nothing is decoded, which alone makes room."""
         return max(self.min_free_bytes, 2 * self.ballast_bytes)
+
+    @property
+    def decoding_free_bytes(self) -> int:
+        """What decoding leaves free: half of that, or submits that took all they may would leave it no room."""
+        return self.kept_free_bytes // 2
 
     @property
     def socket_mode_bits(self) -> int:

@@ -92,6 +92,7 @@ class House:
             loop,
             ahead=config.decode_ahead,
             full_disk_pause_s=config.full_disk_pause_s,
+            room=lambda: self.disk.free_bytes - config.decoding_free_bytes,
             turns=self._turns(),
         )
         self.weights = WeightsLane(
@@ -132,6 +133,8 @@ class House:
         config = self.config
         settings: dict[str, Any] = {"spool": str(self.ledger.spool.path)}
         address = None
+        if role == "decoder":
+            settings["min_free_bytes"] = config.decoding_free_bytes
         if role == "fetcher":
             settings = {"spool": str(self.ledger.spool.downloads), "cache_dir": str(config.cache_dir)}
             settings["min_free_bytes"] = config.kept_free_bytes

@@ -94,6 +94,15 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoRoom:
+    """From a decoder, in place of `Failed`: the disk has no room for this PCM, which has at least `needed_bytes`."""
+
+    run: int
+    generation: int
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fetch:
     """To a fetcher: download a video or an address (`source` as a Job shows it) to `<folder>/source`, hash it, make it
     durable, answer `Fetched`. `uid` is the user whose cookies may be used.
@@ -295,6 +304,7 @@ HelperMessage = (
     | Copied
     | Decode
     | Decoded
+    | NoRoom
     | Fetch
     | Fetched
     | FetchWeights

@@ -13,16 +13,19 @@ from whisperd.daemon.scheduler import Turns, pick
 from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.helper_messages import Decode, Decoded, Failed, HelperMessage, Progress
+from whisperd.protocol.helper_messages import Decode, Decoded, Failed, HelperMessage, NoRoom, Progress
 from whisperd.protocol.jobs import JobState, Priority
 
 log = logging.getLogger("whisperd.lanes")
+
+_MAX_REST_S = 600.0
 
 
 class DecodeLane:
     """Decodes queued runs by priority and in turns, `ahead` background runs more than the model works on.
 
-    That keeps the model busy, without a thousand recordings as PCM on the disk.
+    That keeps the model busy, without a thousand recordings as PCM on the disk. `room` tells how many bytes of the
+    disk it may take now.
     """
 
     def __init__(
@@ -33,17 +36,20 @@ class DecodeLane:
         *,
         ahead: int,
         full_disk_pause_s: float,
+        room: Callable[[], int],
         turns: Turns,
     ) -> None:
         self.pool = make_pool(self.pump)
         self._ledger = ledger
         self._loop = loop
         self._ahead = ahead
-        self._full_disk_pause_s = full_disk_pause_s
+        self._full_disk_pause_s, self._room = full_disk_pause_s, room
         self._turns = turns
         self._generations = itertools.count(1)
         self._active: dict[int, str] = {}  # run → its folder: a retried run has the folder of the one before it
         self._paused = False
+        self._aside: set[int] = set()  # runs that did not fit on the disk, and wait until they may
+        self._rests_s: dict[int, float] = {}  # of each that did not fit, how long it was aside at least
         self.failed = 0
 
     @property
@@ -54,13 +60,20 @@ class DecodeLane:
     @property
     def problem(self) -> str | None:
         """Why the lane stands still, for `health`."""
-        return "decoding waits: the disk of the spool is full; make room" if self._paused else self.pool.problem
+        if self._paused:
+            return "decoding waits: the disk of the spool is full; make room"
+        if self._aside and not self.pool.problem:
+            return "decoding waits: the disk of the spool has no room for some recordings; make room"
+        return self.pool.problem
 
     def changed(self, change: Change) -> None:
         """Look at what a commit changed: give up runs that ended, start what came."""
         for run in change.runs:
             if run.state.ended and run.id in self._active:
                 self.pool.cancel(run.id)
+            if run.state.ended or run.decoded:
+                self._aside.discard(run.id)
+                self._rests_s.pop(run.id, None)
         self.pump()
 
     def stop(self) -> None:
@@ -87,6 +100,7 @@ class DecodeLane:
             for run in queued
             if not run.row.decoded
             and run.row.id not in self._active
+            and run.row.id not in self._aside
             and run.row.folder not in busy
             and (ahead < self._ahead or board.priority(run.row.id) is Priority.INTERACTIVE)
         ]
@@ -123,6 +137,9 @@ class DecodeLane:
                 lambda db, now: self._ledger.store.decoded(db, run_id, audio_s=audio_s, truncated=truncated),
                 "waiting for the model",
             )
+        elif isinstance(message, NoRoom):
+            self._active.pop(run_id, None)
+            self._set_aside(run_id, message.needed_bytes)
         elif isinstance(message, Failed) and message.code == ErrorCode.STORAGE_FULL:
             self._active.pop(run_id, None)
             self._pause()
@@ -153,6 +170,32 @@ class DecodeLane:
             self.pump()
 
         record(self._loop, self._ledger, run_id, call, then)
+
+    def _set_aside(self, run_id: int, needed_bytes: int) -> None:
+        """Leave a run that does not fit on the disk until it may; the others go on.
+
+        It may need more than it has told by now, and then fills the disk in vain: each time it waits twice as long.
+        """
+        live = self._ledger.board.runs.get(run_id)
+        if live is None:  # cancelled meanwhile
+            return
+        rest_s = min(2 * self._rests_s[run_id], _MAX_REST_S) if run_id in self._rests_s else self._full_disk_pause_s
+        log.warning("run=%d does not fit on the disk needed_bytes=%d rest_s=%.0f", run_id, needed_bytes, rest_s)
+        live.phase = f"waiting for room on the disk: decoded it has {needed_bytes / 1e6:.0f} MB or more"
+        self._ledger.teller.tell(run_id)
+        self._aside.add(run_id)
+        self._rests_s[run_id] = rest_s
+
+        def look() -> None:
+            if run_id not in self._aside:
+                return
+            if self._room() < needed_bytes:
+                self._loop.call_later(self._full_disk_pause_s, look)
+                return
+            self._aside.discard(run_id)
+            self.pump()
+
+        self._loop.call_later(rest_s, look)
 
     def _pause(self) -> None:
         if not self._paused:
