@@ -137,8 +137,9 @@ def test_a_file_whose_reading_hangs_is_given_up(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
     daemon = start_daemon(model=NO_MODEL, copy_timeout_s=1)
-    copier_of(daemon).suspend()
     with daemon.client() as client:
+        submit(client, recording())  # by a copier that has come up: else it is not the reading that hangs
+        copier_of(daemon).suspend()
         assert error_of(lambda: submit(client, recording())) == "timed_out"
         assert submit(client, recording())["state"] == "queued"
 
@@ -184,6 +185,28 @@ def test_helpers_that_do_not_start_fail_nobody(
         for job in jobs:
             wait_until(lambda job=job: client.call("result", job=job["id"])["job"]["audio_s"])
         assert not any("decoder" in problem for problem in client.call("health")["problems"])
+
+
+def test_copiers_of_another_version_refuse_no_file(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    """An upgrade under a running daemon: what is submitted waits until there are copiers again."""
+    daemon = make_daemon(model=NO_MODEL, helper_backoff_s=0.1, helper_backoff_max_s=0.3)
+    upgrade = daemon.folder / "upgrade"
+    upgrade.mkdir()
+    (upgrade / "sitecustomize.py").write_text(
+        "import sys, whisperd\nif 'whisperd.audio.copier' in sys.orig_argv: whisperd.__version__ = '0.0.1'\n"
+    )
+    daemon.variables = {"PYTHONPATH": str(upgrade)}
+    daemon.start()
+    with daemon.client() as client:
+        with recording().open("rb") as file:
+            source = {"kind": "fd", "name": "talk"}
+            number = client.send("submit", descriptors=[file.fileno()], source=source, options=PLAIN_OPTIONS)
+        wait_until(lambda: daemon.log().count("helpers rest role=copier") > 4)
+        wait_until(lambda: any("0.0.1" in problem for problem in client.call("health")["problems"]))
+        (upgrade / "sitecustomize.py").unlink()
+        assert client.reply(number)["result"]["job"]["state"] == "queued"
 
 
 # --- what the machine runs out of ---

@@ -205,12 +205,17 @@ class CopyLane:
             self._refuse(copy, WhisperdError(message.code, message.message))
 
     def _lost(self, copy: Copy, loss: Loss) -> None:
-        """Copy anew, as the descriptor is still there; not a file whose reading hangs, nor one that kills copiers."""
-        copy.losses += 1
-        if copy.descriptor is None:
+        """Copy anew, as the descriptor is still there; not a file whose reading hangs, nor one that kills copiers.
+
+        A copier that did not even come up says nothing of the file, which waits until the pool has one.
+        """
+        copy.losses += loss.began
+        if copy.refusal is not None:
+            self._refuse(copy, copy.refusal)
+        elif copy.descriptor is None:
             message = f"the process that received it ended ({loss.reason}): upload it again"
             self._refuse(copy, WhisperdError(ErrorCode.WORKER_CRASHED, message))
-        elif loss.hung:
+        elif loss.began and loss.hung:
             message = f"the file could not be read to its end ({loss.reason}): copy it to a local disk and submit that"
             self._refuse(copy, WhisperdError(ErrorCode.TIMED_OUT, message))
         elif copy.losses == _MAX_LOSSES:
@@ -218,6 +223,9 @@ class CopyLane:
             self._refuse(copy, WhisperdError(ErrorCode.WORKER_CRASHED, message))
         else:
             copy.active = False  # the pool asks for work next
+            if not copy.losses and copy.deadline is not None:  # it has not begun
+                copy.deadline.cancel()
+                copy.deadline = None
 
     def _refuse(self, copy: Copy, error: WhisperdError) -> None:
         if self._copies.pop(copy.ticket, None) is None:
