@@ -272,6 +272,38 @@ def test_too_many_requests_rest_the_lane_and_say_until_when(
         assert client.call("health")["status"] == "ready"
 
 
+def test_an_outage_fails_no_download(start_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path) -> None:
+    talk = write_noise(tmp_path / "talk.wav", 5)
+    with serving(talk) as server:
+        port = server.port  # nobody listens there for now
+    daemon = start_daemon(model=str(micro), ready=True, fetchers=4, **SETTINGS)
+    with daemon.client() as client:
+        jobs = [fetch(client, f"http://127.0.0.1:{port}/{number}.wav") for number in range(3)]
+        unwanted = fetch(client, f"http://127.0.0.1:{port}/unwanted.wav")
+        wait_until(lambda: client.call("stats")["lanes"]["fetch"]["failed"] > 4 * 4, 60, "more than four tries of each")
+        wait_until(lambda: "several in a row have failed" in str(client.call("health")["problems"]))
+        assert client.call("cancel", job=unwanted["id"])["job"]["state"] == "cancelled"
+        assert {state(client, job) for job in jobs} <= {"pending", "fetching"}
+        with serving(talk, port) as server:
+            # It is tried although the others rest, and so they need not any more.
+            urgent = fetch(client, server.url("urgent.wav"), priority="interactive")
+            for job in (urgent, *jobs):
+                assert ended(client, job)["state"] == "done"
+            assert max(states(client, job).count("fetching") for job in jobs) > 4
+            assert client.call("health")["problems"] == []
+
+
+def test_addresses_that_fail_while_others_succeed_are_given_up(client: RawClient, server: MediaServer) -> None:
+    dead = [fetch(client, server.url(f"status/503/{number}.wav")) for number in range(2)]
+    for number in range(100):  # each of them is tried four times, or a few more
+        if all(state(client, job) == "failed" for job in dead):
+            break
+        good = fetch(client, server.url(f"good-{number}.wav"), priority="interactive")
+        assert ended(client, good)["state"] == "done"
+    for job in dead:
+        assert client.call("result", job=job["id"])["job"]["error"]["code"] == "fetch_failed"
+
+
 def test_a_full_queue_refuses_downloads_too(start_daemon: Callable[..., Daemon], server: MediaServer) -> None:
     daemon = start_daemon(model=NO_MODEL, capacity=4, **SETTINGS)
     with daemon.client() as client:

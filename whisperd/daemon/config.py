@@ -259,7 +259,10 @@ class Config:
         2 * 2**30, "Bytes of downloaded audio waiting for the model beyond which background downloads wait.", low=1
     )
     fetch_backoff_s: float = _setting(
-        10.0, "Seconds before a download that failed for the moment is tried again; three times, tripling.", low=0.01
+        10.0,
+        "Seconds before a download that failed for the moment is tried again; three times, tripling. Where several "
+        "fail in a row and none succeeds, all rest so, up to ten minutes at a time, and a day long no failure counts.",
+        low=0.01,
     )
     fetch_rest_s: float = _setting(
         900.0,

@@ -27,6 +27,9 @@ from whisperd.protocol.jobs import JobState, Priority
 log = logging.getLogger("whisperd.lanes")
 
 _BACKOFF_FACTOR = 3
+# While nothing can be had at all: the longest rest between two looks, and after how many (a day) failures count again.
+_MAX_OUTAGE_REST_S = 600.0
+_MAX_OUTAGE_RESTS = 150
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,7 @@ class _Rest:
     reason: str
     until_s: float
     until: float
+    outage: bool  # only for want of a network, so that an urgent download may try whether it is back
 
 
 class FetchLane:
@@ -58,6 +62,8 @@ class FetchLane:
         self._active: dict[int, Priority] = {}  # from the commit of the start to that of the end
         self._backing_off: set[int] = set()
         self._rest: _Rest | None = None
+        self._failing: set[int] = set()  # runs whose last try was in vain, none having succeeded since
+        self._outage_rests = 0  # in a row
         self._stopping = False
         self.failed = 0
 
@@ -94,8 +100,12 @@ class FetchLane:
     def changed(self, change: Change) -> None:
         """Look at what a commit changed: give up runs that ended, start what came."""
         for run in change.runs:
-            if run.state.ended and run.id in self._active:
-                self.pool.cancel(run.id)
+            if run.state.ended:
+                self._failing.discard(run.id)
+                if run.id in self._active:
+                    self.pool.cancel(run.id)
+        if not self._failing:
+            self._outage_rests = 0
         self.pump()
 
     def stop(self) -> None:
@@ -115,7 +125,8 @@ class FetchLane:
             self._start(chosen.id, chosen.priority)
 
     def _may_begin(self) -> bool:
-        return self._rest is None and not self._stopping and not self._ledger.full and not self._paused()
+        rests = self._rest is not None and not self._rest.outage
+        return not rests and not self._stopping and not self._ledger.full and not self._paused()
 
     def _candidates(self) -> list[LiveRun]:
         board = self._ledger.board
@@ -124,14 +135,15 @@ class FetchLane:
             for run in board.runs.values()
             if run.row.state is JobState.QUEUED and run.row.source is not None
         )
-        room = ahead_bytes < self._config.fetch_ahead_bytes
+        background = self._rest is None and ahead_bytes < self._config.fetch_ahead_bytes
         return [
             run
             for run in board.runs.values()
             if run.row.state is JobState.PENDING
             and run.row.id not in self._active
             and run.row.id not in self._backing_off
-            and (room or board.priority(run.row.id) is Priority.INTERACTIVE)
+            and (self._rest is None or run.row.id not in self._failing)
+            and (background or board.priority(run.row.id) is Priority.INTERACTIVE)
         ]
 
     def _start(self, run_id: int, priority: Priority) -> None:
@@ -188,6 +200,7 @@ class FetchLane:
         run_id, store = live.row.id, self._ledger.store
         match message:
             case Fetched():
+                self._succeeded()
                 self._settle(run_id, self._take_over(live, folder, message), "waiting for decoding")
             case FetchFailed():
                 self._failed(live, message)
@@ -245,17 +258,14 @@ class FetchLane:
             self._try_again(run_id, error, "waiting: the site has had too many requests")
         else:
             delay_s = max(message.wait_s, self._config.fetch_backoff_s * _BACKOFF_FACTOR**live.row.fetch_failures)
-            self._back_off(run_id, delay_s)
-            self._try_again(run_id, error, f"trying again in {delay_s:.0f} s: {message.message}")
+            self._in_vain(run_id, error, delay_s)
 
     def _lost(self, run_id: int, loss: Loss) -> None:
         self.failed += 1
         store = self._ledger.store
         if loss.hung:
             text = f"the download stood still ({loss.reason}): try again later, or submit the file"
-            error = WhisperdError(ErrorCode.TIMED_OUT, text)
-            self._back_off(run_id, self._config.fetch_backoff_s)
-            self._try_again(run_id, error, "the download stood still; trying again")
+            self._in_vain(run_id, WhisperdError(ErrorCode.TIMED_OUT, text), self._config.fetch_backoff_s)
         else:
             self._settle(
                 run_id,
@@ -263,9 +273,30 @@ class FetchLane:
                 "waiting for its download",
             )
 
-    def _try_again(self, run_id: int, error: WhisperdError, phase: str) -> None:
+    def _in_vain(self, run_id: int, error: WhisperdError, delay_s: float) -> None:
+        """A try has failed, and the next may do better. Of several in a row that is no fault of theirs: all rest."""
+        if run_id in self._ledger.board.runs:  # else it was cancelled meanwhile
+            self._failing.add(run_id)
+        if len(self._failing) < 2 or self._outage_rests == _MAX_OUTAGE_RESTS:
+            self._back_off(run_id, delay_s)
+            self._try_again(run_id, error, f"trying again in {delay_s:.0f} s: {error.message}")
+            return
+        if self._rest is None:
+            rest_s = min(self._config.fetch_backoff_s * _BACKOFF_FACTOR**self._outage_rests, _MAX_OUTAGE_REST_S)
+            self._outage_rests += 1
+            self._rest_for(rest_s, "several in a row have failed; check the network", outage=True)
+        self._try_again(run_id, error, f"waiting, as others have failed too: {error.message}", counts=False)
+
+    def _try_again(self, run_id: int, error: WhisperdError, phase: str, *, counts: bool = True) -> None:
         store = self._ledger.store
-        self._settle(run_id, lambda db, now: store.fetch_failed(db, run_id, error, now), phase)
+        self._settle(run_id, lambda db, now: store.fetch_failed(db, run_id, error, now, counts=counts), phase)
+
+    def _succeeded(self) -> None:
+        """The network is there: what fails now does so by itself."""
+        self._failing.clear()
+        self._outage_rests = 0
+        if self._rest is not None and self._rest.outage:
+            self._rest = None
 
     def _settle(self, run_id: int, call: StoreCall[Change], phase: str) -> None:
         """Commit what became of a run; until then it stays active. A full disk only delays that."""
@@ -290,10 +321,10 @@ class FetchLane:
         self._backing_off.add(run_id)
         self._loop.call_later(delay_s, go_on)
 
-    def _rest_for(self, delay_s: float, reason: str) -> None:
+    def _rest_for(self, delay_s: float, reason: str, *, outage: bool = False) -> None:
         """Begin no download for a while; of several reasons the one that lasts longest counts."""
         until_s, until = self._loop.time() + delay_s, self._ledger.clock() + delay_s
-        rest = _Rest(reason=reason, until_s=until_s, until=until)
+        rest = _Rest(reason=reason, until_s=until_s, until=until, outage=outage)
         if self._rest is not None and self._rest.until_s >= until_s:
             return
         log.warning("fetch lane rests for_s=%.0f reason=%s", delay_s, reason)
