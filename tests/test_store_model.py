@@ -306,10 +306,10 @@ class Queue(RuleBasedStateMachine):
 
     def start_next(self) -> bool:
         wanted = self.next_by_hand()
-        candidates = [run for run in self.board.runs.values() if run.row.state is JobState.QUEUED and run.row.decoded]
+        waiting = self.board.to_transcribe.heads(Priority, lambda run_id: True)
         busy = Counter({Priority.INTERACTIVE: 0, Priority.BACKGROUND: 0})
         busy.update(self.priority(work) for work in self.running())
-        chosen = pick(self.board.waiting(candidates), self.board.turns, capacity=CAPACITY, busy=busy)
+        chosen = pick(waiting, self.board.turns, capacity=CAPACITY, busy=busy)
         assert (chosen.id if chosen else None) == (wanted.id if wanted else None)
         if chosen is None or wanted is None:
             return False
@@ -485,6 +485,19 @@ class Queue(RuleBasedStateMachine):
             assert row == self.database.run(lambda db, job_id=job_id: self.store.job(db, job_id, uid=None))
         places = [self.board.position(run_id) for run_id, run in live.items() if run.state in WAITING]
         assert sorted(place for place in places if place is not None) == list(range(1, len(places) + 1))
+        assert self.board.fetched_bytes == sum(
+            run.size_bytes for run in live.values() if run.state is JobState.QUEUED and run.source is not None
+        )
+        lines = {
+            JobState.PENDING: self.board.to_fetch,
+            JobState.FETCHING: self.board.fetching,
+            False: self.board.to_decode,
+            True: self.board.to_transcribe,
+        }
+        for stage, line in lines.items():
+            assert set(line) == {
+                run.id for run in live.values() if stage is (run.decoded if run.state is JobState.QUEUED else run.state)
+            }
 
     def live_rows(self, db: sqlite3.Connection) -> dict[int, RunRow]:
         rows = self.store.jobs(db, uid=None, state=None, before=None, limit=10_000)

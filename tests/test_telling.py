@@ -21,7 +21,9 @@ from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.jobs import JobState, Priority
 
 
-def rows(number: int, state: JobState = JobState.QUEUED, priority: Priority = Priority.BACKGROUND) -> Change:
+def rows(
+    number: int, state: JobState = JobState.QUEUED, priority: Priority = Priority.BACKGROUND, *, decoded: bool = True
+) -> Change:
     """Return a job with a run of its own, both of this number, as a commit tells of them."""
     nothing: dict[str, Any] = {"started_at": None, "ended_at": None, "error_code": None, "error_message": None}
     job = JobRow(
@@ -29,10 +31,10 @@ def rows(number: int, state: JobState = JobState.QUEUED, priority: Priority = Pr
         source={"kind": "fd", "name": "talk.m4a"}, options={}, submitted_at=0.0, last_seq=1, **nothing,
     )  # fmt: skip
     run = RunRow(
-        id=number, uid=1, state=state, share_key=b"", folder="f", sha256="00", size_bytes=1, options={}, decoded=True,
-        audio_s=1.0, truncated=False, starts=0, segments=0, deaths=0, source=None, source_key=None, fresh=False,
-        fetch_failures=0, title=None, made_by=None, edition=0, suspicion=0, created_at=0.0, ended_at=None,
-        audio_expires_at=None, retried=False,
+        id=number, uid=1, state=state, share_key=b"", folder=f"f{number}", sha256="00", size_bytes=1, options={},
+        decoded=decoded, audio_s=1.0, truncated=False, starts=0, segments=0, deaths=0,
+        source=None, source_key=None, fresh=False, fetch_failures=0, title=None, made_by=None, edition=0,
+        suspicion=0, created_at=0.0, ended_at=None, audio_expires_at=None, retried=False,
     )  # fmt: skip
     return Change(jobs=[job], runs=[run])
 

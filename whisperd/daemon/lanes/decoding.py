@@ -14,7 +14,7 @@ from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Decode, Decoded, Failed, HelperMessage, NoRoom, Progress
-from whisperd.protocol.jobs import JobState, Priority
+from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd.lanes")
 
@@ -55,7 +55,8 @@ class DecodeLane:
     @property
     def waiting(self) -> int:
         """Runs that wait for a decoder."""
-        return len(self._candidates())
+        line = self._ledger.board.to_decode
+        return len(line) - sum(run_id in line for run_id in self._active)
 
     @property
     def problem(self) -> str | None:
@@ -82,28 +83,20 @@ class DecodeLane:
 
     def pump(self) -> None:
         """Start what may start."""
-        while not self._paused and not self._ledger.full:
-            waiting = self._ledger.board.waiting(self._candidates())
+        board = self._ledger.board
+        while not self._paused and not self._ledger.full and sum(self.pool.busy.values()) < self.pool.size:
+            ahead = board.to_transcribe.count(Priority.BACKGROUND)
+            priorities = list(Priority) if ahead < self._ahead else [Priority.INTERACTIVE]
+            waiting = board.to_decode.heads(priorities, self._may_start)
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=self.pool.busy)
             if chosen is None:
                 return
             self._turns.serve(chosen.priority, chosen.uid)
             self._start(chosen.id, chosen.priority)
 
-    def _candidates(self) -> list:  # type: ignore[type-arg]
-        board = self._ledger.board
-        queued = [run for run in board.runs.values() if run.row.state is JobState.QUEUED]
-        ahead = sum(run.row.decoded and board.priority(run.row.id) is Priority.BACKGROUND for run in queued)
-        busy = set(self._active.values())
-        return [
-            run
-            for run in queued
-            if not run.row.decoded
-            and run.row.id not in self._active
-            and run.row.id not in self._aside
-            and run.row.folder not in busy
-            and (ahead < self._ahead or board.priority(run.row.id) is Priority.INTERACTIVE)
-        ]
+    def _may_start(self, run_id: int) -> bool:
+        folder = self._ledger.board.runs[run_id].row.folder
+        return run_id not in self._active and run_id not in self._aside and folder not in self._active.values()
 
     def _start(self, run_id: int, priority: Priority) -> None:
         live = self._ledger.board.runs[run_id]

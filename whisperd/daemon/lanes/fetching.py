@@ -22,7 +22,7 @@ from whisperd.daemon.state.ledger import Ledger, StoreCall
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Failed, Fetch, Fetched, FetchFailed, HelperMessage, Progress
-from whisperd.protocol.jobs import JobState, Priority
+from whisperd.protocol.jobs import Priority
 
 log = logging.getLogger("whisperd.lanes")
 
@@ -72,8 +72,7 @@ class FetchLane:
     @property
     def waiting(self) -> int:
         """Runs that wait for their download, whatever they wait for."""
-        runs = self._ledger.board.runs.values()
-        return sum(run.row.state is JobState.PENDING for run in runs)
+        return len(self._ledger.board.to_fetch)
 
     @property
     def problem(self) -> str | None:
@@ -115,8 +114,11 @@ class FetchLane:
 
     def pump(self) -> None:
         """Start what may start."""
-        while self._may_begin():
-            waiting = self._ledger.board.waiting(self._candidates())
+        board = self._ledger.board
+        while self._may_begin() and len(self._active) < self.pool.size:
+            background = self._rest is None and board.fetched_bytes < self._config.fetch_ahead_bytes
+            priorities = list(Priority) if background else [Priority.INTERACTIVE]
+            waiting = board.to_fetch.heads(priorities, self._may_start)
             busy = dict.fromkeys(Priority, 0) | Counter(self._active.values())
             chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=busy)
             if chosen is None:
@@ -128,23 +130,9 @@ class FetchLane:
         rests = self._rest is not None and not self._rest.outage
         return not rests and not self._stopping and not self._ledger.full and not self._paused()
 
-    def _candidates(self) -> list[LiveRun]:
-        board = self._ledger.board
-        ahead_bytes = sum(
-            run.row.size_bytes
-            for run in board.runs.values()
-            if run.row.state is JobState.QUEUED and run.row.source is not None
-        )
-        background = self._rest is None and ahead_bytes < self._config.fetch_ahead_bytes
-        return [
-            run
-            for run in board.runs.values()
-            if run.row.state is JobState.PENDING
-            and run.row.id not in self._active
-            and run.row.id not in self._backing_off
-            and (self._rest is None or run.row.id not in self._failing)
-            and (background or board.priority(run.row.id) is Priority.INTERACTIVE)
-        ]
+    def _may_start(self, run_id: int) -> bool:
+        waits = self._rest is not None and run_id in self._failing
+        return not waits and run_id not in self._active and run_id not in self._backing_off
 
     def _start(self, run_id: int, priority: Priority) -> None:
         self._active[run_id] = priority

@@ -233,23 +233,17 @@ class ModelLane:
         A background download does not count: it may take hours.
         """
         board = self._ledger.board
-        return any(
-            run.row.state is JobState.QUEUED
-            or (run.row.state is JobState.FETCHING and board.priority(run.row.id) is Priority.INTERACTIVE)
-            for run in board.runs.values()
-        )
+        on_hand = len(board.to_decode) + len(board.to_transcribe)
+        return on_hand > 0 or board.fetching.count(Priority.INTERACTIVE) > 0
 
     def _fall_asleep(self) -> None:
         if self._is_idle():
             self.process.fall_asleep()
 
     def candidates(self) -> list[LiveRun]:
-        """Return the runs that wait for the model with their audio decoded."""
-        return [
-            run
-            for run in self._ledger.board.runs.values()
-            if run.row.state is JobState.QUEUED and run.row.decoded and run.row.id not in self._open
-        ]
+        """Return the runs that wait for the model with their audio decoded: not many, however many wait in all."""
+        board = self._ledger.board
+        return [board.runs[run_id] for run_id in board.to_transcribe if run_id not in self._open]
 
     def _start(self, helper: Helper, run_id: int, priority: Priority) -> None:
         recorder = Recorder(self._loop, self._ledger, run_id, lambda: self._recorded(run_id))

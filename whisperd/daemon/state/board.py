@@ -45,7 +45,10 @@ class Board:
         self.turns = turns  # the model lane's: positions are told by them
         self.moves = 0  # grows with whatever may change what those who wait are told
         self._model_words = ""
-        self._line = Line(turns)
+        # What waits for each lane, and what the fetchers have. `_line` is all of it, in the order of the model.
+        self.to_fetch, self.fetching, self.to_decode, self.to_transcribe, self._line = (Line() for _ in range(5))
+        self.fetched_bytes = 0  # of downloaded audio that waits for the model
+        self._fetched: dict[int, int] = {}  # of each run
         self._jobs_of: dict[int, set[int]] = {}
         self._waiting: Counter[tuple[int, Priority]] | None = None
 
@@ -80,10 +83,30 @@ class Board:
 
     def _line_up(self, run_id: int) -> None:
         live = self.runs.get(run_id)
-        if live is None or live.row.state not in WAITING:
+        stage = None if live is None else self._stage(live.row)
+        for line in (self.to_fetch, self.fetching, self.to_decode, self.to_transcribe):
+            if line is not stage:
+                line.remove(run_id)
+        self.fetched_bytes -= self._fetched.pop(run_id, 0)
+        if live is None or stage is None:
             self.moves += self._line.remove(run_id)
-        else:
-            self.moves += self._line.put(run_id, live.row.uid, self.priority(run_id))
+            return
+        priority = self.priority(run_id)
+        stage.put(run_id, live.row.uid, priority)
+        self.moves += self._line.put(run_id, live.row.uid, priority)
+        if live.row.source is not None and live.row.state is JobState.QUEUED:
+            self._fetched[run_id] = live.row.size_bytes
+            self.fetched_bytes += live.row.size_bytes
+
+    def _stage(self, row: RunRow) -> Line | None:
+        match row.state:
+            case JobState.PENDING:
+                return self.to_fetch
+            case JobState.FETCHING:
+                return self.fetching
+            case JobState.QUEUED:
+                return self.to_transcribe if row.decoded else self.to_decode
+        return None
 
     def _leave(self, job: JobRow) -> None:
         mates = self._jobs_of.get(job.run_id, set())
@@ -116,7 +139,7 @@ class Board:
 
     def position(self, run_id: int) -> int | None:
         """Return a waiting run's place in the order of the model lane, 1 = next; None for one that does not wait."""
-        return self._line.place(run_id)
+        return self._line.place(run_id, self.turns)
 
     def served(self, run_id: int) -> None:
         """Note that the model lane took a run: its user's turn is over."""

@@ -1,24 +1,34 @@
-"""The line: the runs that wait for the model, each with its place in the order in which they would be started.
+"""The line: runs that wait for something, each with its place in the order in which they would be started.
 
-The order is `scheduler.in_order`'s. It is kept as runs come and go, by user: a place is then asked of the users who
-wait, not of all that waits, and who follows one of 10,000 jobs costs the loop microseconds, not a sort.
+The order is `scheduler.in_order`'s. It is kept as runs come and go, by user: who is next, and a place, are asked of the
+users who wait, not of all that waits, and a commit with 10,000 runs waiting costs the loop microseconds, not a sort.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
 
-from whisperd.daemon.scheduler import Turns
+from whisperd.daemon.scheduler import Turns, Waiting
 from whisperd.protocol.jobs import Priority
 
 
 class Line:
-    """Waiting runs by priority and user, oldest first; `turns` says which user is next."""
+    """Waiting runs by priority and user, oldest first."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self) -> None:
         self._where: dict[int, tuple[Priority, int]] = {}  # run → its priority and user
         self._queues: dict[Priority, dict[int, list[int]]] = {priority: {} for priority in Priority}
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._where)
+
+    def count(self, priority: Priority) -> int:
+        """Return how many runs of a priority wait."""
+        return sum(map(len, self._queues[priority].values()))
 
     def put(self, run_id: int, uid: int, priority: Priority) -> bool:
         """Let a run wait, or go on waiting in another priority; return whether that changes the order."""
@@ -42,8 +52,18 @@ class Line:
             del self._queues[priority][uid]
         return True
 
-    def place(self, run_id: int) -> int | None:
-        """Return a run's place, 1 = next; None for one that does not wait.
+    def heads(self, priorities: Iterable[Priority], may: Callable[[int], bool]) -> list[Waiting]:
+        """Return each user's oldest run in each of these priorities that `may` be started: one of them is next."""
+        found = []
+        for priority in priorities:
+            for uid, queue in self._queues[priority].items():
+                run_id = next(filter(may, queue), None)
+                if run_id is not None:
+                    found.append(Waiting(id=run_id, uid=uid, priority=priority, order=run_id))
+        return found
+
+    def place(self, run_id: int, turns: Turns) -> int | None:
+        """Return a run's place, 1 = next; None for one that does not wait. `turns` says which user is next.
 
         Users take turns, so before a user's run number `n` (from 0) each other one has `n` of his own, and one more if
         his turn comes first.
@@ -52,15 +72,14 @@ class Line:
         if where is None:
             return None
         priority, uid = where
-        number, turn = bisect_left(self._queues[priority][uid], run_id), self._turn(priority, uid)
-        before = sum(
-            min(len(queue), number + (self._turn(priority, other) < turn))
-            for other, queue in self._queues[priority].items()
-        )
-        if priority is Priority.BACKGROUND:
-            before += sum(map(len, self._queues[Priority.INTERACTIVE].values()))
-        return before + 1
+        queues = self._queues[priority]
 
-    def _turn(self, priority: Priority, uid: int) -> tuple[int, int]:
-        """Return what orders the users: who was served longest ago, or never and has waited longest, comes first."""
-        return self._turns.last(priority, uid), self._queues[priority][uid][0]
+        def turn(user: int) -> tuple[int, int]:
+            """What orders the users: who was served longest ago, or never and has waited longest, comes first."""
+            return turns.last(priority, user), queues[user][0]
+
+        number, his_turn = bisect_left(queues[uid], run_id), turn(uid)
+        before = sum(min(len(queue), number + (turn(other) < his_turn)) for other, queue in queues.items())
+        if priority is Priority.BACKGROUND:
+            before += self.count(Priority.INTERACTIVE)
+        return before + 1
