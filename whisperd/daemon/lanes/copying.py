@@ -7,7 +7,6 @@ takes as long as its client likes, and must not keep files waiting that are on t
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from whisperd.protocol.helper_messages import (
     UploadData,
 )
 from whisperd.protocol.jobs import Priority
-
-log = logging.getLogger("whisperd.lanes")
 
 _MAX_LOSSES = 3  # helpers that a copy may lose; a promise, as for decoders and the model, so no setting
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.keys import share_key
-from whisperd.daemon.lanes.pool import Loss, Pool, Task
-from whisperd.daemon.lanes.recording import give_up, record
+from whisperd.daemon.lanes.pool import Loss, Pool
+from whisperd.daemon.lanes.recording import give_up
+from whisperd.daemon.lanes.run_lane import Active, RunLane
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.scheduler import Turns, pick
+from whisperd.daemon.scheduler import Turns
 from whisperd.daemon.state.board import LiveRun
 from whisperd.daemon.state.ledger import Ledger, StoreCall
 from whisperd.daemon.store.rows import Change
@@ -42,8 +41,8 @@ class _Rest:
     outage: bool  # only for want of a network, so that an urgent download may try whether it is back
 
 
-class FetchLane:
-    """Downloads pending runs by priority and in turns."""
+class FetchLane(RunLane):
+    """Downloads pending runs. One is active from the commit of its start on."""
 
     def __init__(
         self,
@@ -54,25 +53,16 @@ class FetchLane:
         model: Callable[[], Sequence[Any]],
         paused: Callable[[], bool],
     ) -> None:
-        self.pool = make_pool(self.pump)
-        self._ledger, self._loop, self._config, self._model = ledger, loop, config, model
+        super().__init__(make_pool, ledger, loop, ledger.board.to_fetch, Turns(config.interactive_in_a_row))
+        self._config, self._model = config, model
         self._paused = paused  # by an administrator: nothing is begun
-        self._turns = Turns(config.interactive_in_a_row)
-        self._generations = itertools.count(1)
-        self._active: dict[int, Priority] = {}  # from the commit of the start to that of the end
         self._backing_off: set[int] = set()
         self._rest: _Rest | None = None
         self._failing: set[int] = set()  # runs whose last try was in vain, none having succeeded since
         self._outage_rests = 0  # in a row
         self._stopping = False
-        self.failed = 0
 
     # -- what others read ----------------------------------------------------------------------------------------
-
-    @property
-    def waiting(self) -> int:
-        """Runs that wait for their download, whatever they wait for."""
-        return len(self._ledger.board.to_fetch)
 
     @property
     def problem(self) -> str | None:
@@ -98,94 +88,61 @@ class FetchLane:
 
     def changed(self, change: Change) -> None:
         """Look at what a commit changed: give up runs that ended, start what came."""
-        for run in change.runs:
-            if run.state.ended:
-                self._failing.discard(run.id)
-                if run.id in self._active:
-                    self.pool.cancel(run.id)
+        self._failing.difference_update(run.id for run in change.runs if run.state.ended)
         if not self._failing:
             self._outage_rests = 0
-        self.pump()
+        super().changed(change)
 
     def stop(self) -> None:
         """End the fetchers; their runs are downloaded anew after the next start."""
         self._stopping = True
-        self.pool.stop()
+        super().stop()
 
-    def pump(self) -> None:
-        """Start what may start."""
-        board = self._ledger.board
-        while self._may_begin() and len(self._active) < self.pool.size:
-            background = self._rest is None and board.fetched_bytes < self._config.fetch_ahead_bytes
-            priorities = list(Priority) if background else [Priority.INTERACTIVE]
-            waiting = board.to_fetch.heads(priorities, self._may_start)
-            busy = dict.fromkeys(Priority, 0) | Counter(self._active.values())
-            chosen = pick(waiting, self._turns, capacity=self.pool.size, busy=busy)
-            if chosen is None:
-                return
-            self._turns.serve(chosen.priority, chosen.uid)
-            self._start(chosen.id, chosen.priority)
-
-    def _may_begin(self) -> bool:
-        rests = self._rest is not None and not self._rest.outage
-        return not rests and not self._stopping and not self._ledger.full and not self._paused()
+    def _begins(self) -> Sequence[Priority]:
+        if self._stopping or self._ledger.full or self._paused() or (self._rest is not None and not self._rest.outage):
+            return ()
+        roomy = self._ledger.board.fetched_bytes < self._config.fetch_ahead_bytes
+        return tuple(Priority) if roomy and self._rest is None else (Priority.INTERACTIVE,)
 
     def _may_start(self, run_id: int) -> bool:
         waits = self._rest is not None and run_id in self._failing
-        return not waits and run_id not in self._active and run_id not in self._backing_off
+        return not waits and run_id not in self._backing_off
 
-    def _start(self, run_id: int, priority: Priority) -> None:
-        self._active[run_id] = priority
-        store, folder = self._ledger.store, self._ledger.spool.new_folder()
+    def _start(self, active: Active) -> None:
+        row, store, folder = active.live.row, self._ledger.store, self._ledger.spool.new_folder()
+        run_id = row.id
 
         def then(change: Change) -> None:
-            live = self._ledger.board.runs.get(run_id)
-            if not change.runs or live is None or self._stopping:  # cancelled meanwhile, or all stops
-                self._dropped(run_id)
+            if not change.runs or run_id not in self._ledger.board.runs or self._stopping:  # cancelled, or all stops
+                self._drop(run_id)
                 return
-            live.phase = "downloading"
-            self._hand_out(live, folder, priority)
+            active.live.phase = "downloading"
+            source = dict(row.source or {})
+            self._hand_out(
+                active,
+                lambda generation: Fetch(run=run_id, generation=generation, folder=folder, source=source, uid=row.uid),
+            )
 
         def failed(error: WhisperdError) -> None:
             if error.code != ErrorCode.STORAGE_FULL:
-                give_up(self._loop, self._ledger, run_id, error, lambda change: self._dropped(run_id))
+                give_up(self._loop, self._ledger, run_id, error, lambda change: self._drop(run_id))
                 return
             self._rest_for(self._config.full_disk_pause_s, error.message)
-            self._dropped(run_id)
+            self._drop(run_id)
 
         self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed, new_work=True)
 
-    def _dropped(self, run_id: int) -> None:
-        self._active.pop(run_id, None)
-        self.pump()
-
-    def _hand_out(self, live: LiveRun, folder: str, priority: Priority) -> None:
-        row, generation = live.row, next(self._generations)
-        self.pool.run(
-            Task(
-                run=row.id,
-                generation=generation,
-                priority=priority,
-                message=Fetch(
-                    run=row.id, generation=generation, folder=folder, source=dict(row.source or {}), uid=row.uid
-                ),
-                progressed=lambda progress: self._progressed(row.id, progress),
-                done=lambda message: self._answered(live, folder, message),
-                lost=lambda loss: self._lost(row.id, loss),
-            )
-        )
-
     # -- what the helpers say --------------------------------------------------------------------------------------
 
-    def _progressed(self, run_id: int, progress: Progress) -> None:
-        live = self._ledger.board.runs.get(run_id)
-        if live is None:
-            return
-        live.phase = _downloading(progress)
-        self._ledger.teller.tell(run_id)
+    def _doing(self, progress: Progress) -> str:
+        done_mb, total_mb = progress.done / 1e6, progress.total / 1e6
+        if progress.done <= 0:
+            return "looking the recording up"
+        return f"downloading ({done_mb:.1f} of {total_mb:.1f} MB)" if total_mb else f"downloading ({done_mb:.1f} MB)"
 
-    def _answered(self, live: LiveRun, folder: str, message: HelperMessage) -> None:
-        run_id, store = live.row.id, self._ledger.store
+    def _answered(self, live: LiveRun, message: HelperMessage) -> None:
+        run_id, folder, store = live.row.id, live.row.folder, self._ledger.store
+        assert folder, "the commit of its start named it"
         match message:
             case Fetched():
                 self._succeeded()
@@ -195,7 +152,7 @@ class FetchLane:
             case Failed(code=ErrorCode.CANCELLED):
                 # The folder was doomed when the run ended; the helper may have made it after that.
                 self._ledger.spool.remove(folder)
-                self._active.pop(run_id, None)
+                self._drop(run_id)
             case Failed():
                 self.failed += 1
                 error = WhisperdError(message.code, message.message)
@@ -248,9 +205,9 @@ class FetchLane:
             delay_s = max(message.wait_s, self._config.fetch_backoff_s * _BACKOFF_FACTOR**live.row.fetch_failures)
             self._in_vain(run_id, error, delay_s)
 
-    def _lost(self, run_id: int, loss: Loss) -> None:
+    def _lost(self, live: LiveRun, loss: Loss) -> None:
         self.failed += 1
-        store = self._ledger.store
+        run_id, store = live.row.id, self._ledger.store
         if loss.hung:
             text = f"the download stood still ({loss.reason}): try again later, or submit the file"
             self._in_vain(run_id, WhisperdError(ErrorCode.TIMED_OUT, text), self._config.fetch_backoff_s)
@@ -286,19 +243,6 @@ class FetchLane:
         if self._rest is not None and self._rest.outage:
             self._rest = None
 
-    def _settle(self, run_id: int, call: StoreCall[Change], phase: str) -> None:
-        """Commit what became of a run; until then it stays active. A full disk only delays that."""
-
-        def then(change: Change) -> None:
-            self._active.pop(run_id, None)
-            live = self._ledger.board.runs.get(run_id)
-            if live is not None:
-                live.phase = phase
-                self._ledger.teller.tell(run_id)
-            self.pump()
-
-        record(self._loop, self._ledger, run_id, call, then)
-
     # -- standing still ---------------------------------------------------------------------------------------------
 
     def _back_off(self, run_id: int, delay_s: float) -> None:
@@ -325,10 +269,3 @@ class FetchLane:
                 self.pump()
 
         self._loop.call_later(delay_s, go_on)
-
-
-def _downloading(progress: Progress) -> str:
-    done_mb, total_mb = progress.done / 1e6, progress.total / 1e6
-    if progress.done <= 0:
-        return "looking the recording up"
-    return f"downloading ({done_mb:.1f} of {total_mb:.1f} MB)" if total_mb else f"downloading ({done_mb:.1f} MB)"

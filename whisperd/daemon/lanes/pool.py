@@ -87,7 +87,6 @@ class Pool:
         self._stopping = False
         self.left: Callable[[], None] = lambda: None  # a helper has gone while all stops
         self.problem: str | None = None
-        self.failures = 0
         self.gauges: dict[str, Any] = {}  # as the last helper that spoke gave them
         self._curious: list[Callable[[], None]] = []
 
@@ -250,7 +249,6 @@ class Pool:
         self._satisfy_curious()
         if worker.spent:
             return
-        self.failures += 1
         if not reason.ready:
             self._failed_start(reason.reason)
         task = worker.task

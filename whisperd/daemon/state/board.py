@@ -187,8 +187,3 @@ class Board:
             retried=run.retried,
             error=None if job.error_code is None else {"code": job.error_code, "message": job.error_message or ""},
         )
-
-    def show_live(self, job_id: int) -> Job | None:
-        """Return a live job as replies show it, or None when it has ended or never was."""
-        job = self.jobs.get(job_id)
-        return None if job is None else self.show(job, self.runs[job.run_id].row)
