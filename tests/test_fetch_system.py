@@ -151,6 +151,9 @@ def test_a_file_and_its_download_share_a_run_and_are_retried_apart(
         wait_until(lambda: state(client, other) == "queued")
         wait_until(lambda: client.call("result", job=again["id"])["job"]["audio_s"])
         assert state(client, again) == "queued"
+        jobs = [again, other, fetch(client, server.url("talk.wav")), submit(client, server.recording)]
+        places = [client.call("result", job=job["id"])["job"]["position"] for job in jobs]
+        assert places == [1] * 4, "they are one piece of work again"
 
 
 def test_ten_programs_ask_for_one_address(client: RawClient, shared: Daemon, server: MediaServer) -> None:
