@@ -183,6 +183,16 @@ class Queue(RuleBasedStateMachine):
 
     @rule(uid=users, priority=priorities, audio=recordings, key=keys, fresh=st.booleans())
     def submit(self, uid: int, priority: Priority, audio: str, key: str | None, fresh: bool) -> None:
+        self.hand_in(uid, audio, priority, key, fresh)
+
+    def hand_in(
+        self,
+        uid: int,
+        audio: str,
+        priority: Priority = Priority.BACKGROUND,
+        key: str | None = None,
+        fresh: bool = False,
+    ) -> Change | None:
         folder = self.new_folder()
         new = file_job(uid, priority, audio, key, fresh, folder)
         change = self.both(
@@ -191,9 +201,20 @@ class Queue(RuleBasedStateMachine):
         )
         if change is None:
             self.disk.remove(folder)  # the caller's own part of a refusal
+        return change
 
     @rule(uid=users, priority=priorities, address=addresses, key=keys, fresh=st.booleans())
     def submit_address(self, uid: int, priority: Priority, address: str, key: str | None, fresh: bool) -> None:
+        self.ask_for(uid, address, priority, key, fresh)
+
+    def ask_for(
+        self,
+        uid: int,
+        address: str,
+        priority: Priority = Priority.BACKGROUND,
+        key: str | None = None,
+        fresh: bool = False,
+    ) -> None:
         new = fetch_job(uid, priority, address, key, fresh)
         self.both(
             lambda: self.reference.submit(uid, priority, address=address, key=key, fresh=fresh),
@@ -210,17 +231,51 @@ class Queue(RuleBasedStateMachine):
             case "cancel a stranger's":
                 self.cancel(job_id, uid + 10)
             case "retry":
-                self.both(
-                    lambda: self.reference.retry(job_id, uid),
-                    lambda db: self.store.retry(db, job_id, self.now, uid=uid, model_key=work_key),
-                )
+                self.retry(job_id, uid)
             case "forget":
                 self.both(lambda: self.reference.forget(job_id, uid), lambda db: self.store.forget(db, job_id, uid=uid))
+
+    def retry(self, job_id: int, uid: int) -> None:
+        self.both(
+            lambda: self.reference.retry(job_id, uid),
+            lambda db: self.store.retry(db, job_id, self.now, uid=uid, model_key=work_key),
+        )
 
     def cancel(self, job_id: int, uid: int) -> None:
         self.both(
             lambda: self.reference.cancel(job_id, uid), lambda db: self.store.cancel(db, job_id, self.now, uid=uid)
         )
+
+    # Drawn step by step, these chains would be rare.
+
+    @rule(uid=users, file_first=st.booleans())
+    def a_file_and_its_download_fail_and_are_tried_again(self, uid: int, file_first: bool) -> None:
+        """Whichever comes first, the other joins its run."""
+        audio = f"recording-{self.reference.last_job}"
+        if file_first:
+            self.hand_in(uid, audio)
+        self.ask_for(uid, f"of {audio}")
+        work = self.last_work()
+        self.begin_download_of(work)
+        self.both(lambda: self.reference.fetched(work, audio), lambda db: self.fetched(db, work, audio))
+        if not file_first:
+            self.hand_in(uid, audio)
+        self.fail_work(self.last_work())
+        last = self.reference.last_job
+        for job_id in (last - 1, last):
+            self.retry(job_id, uid)
+
+    @rule(uid=users, key=st.sampled_from(["k1", "k2"]))
+    def a_job_fails_and_is_past_its_retention_before_its_key_is_used_again(self, uid: int, key: str) -> None:
+        audio = f"recording-{self.reference.last_job}"
+        change = self.hand_in(uid, audio, key=key)
+        if change is not None and not change.reused:
+            self.fail_work(self.last_work())
+            self.pass_time(RETENTION["jobs_s"] + 1)
+            self.hand_in(uid, audio, key=key)
+
+    def last_work(self) -> Work:
+        return self.reference.jobs[self.reference.last_job].work
 
     # --- the lanes ---
 
@@ -261,11 +316,14 @@ class Queue(RuleBasedStateMachine):
 
     def begin_download(self, number: int) -> None:
         if (work := self.some_run(number, JobState.PENDING)) is not None:
-            folder = self.new_folder()
-            self.both(
-                lambda: self.reference.fetch_started(work, folder),
-                lambda db: self.store.fetch_started(db, work.id, folder, self.now),
-            )
+            self.begin_download_of(work)
+
+    def begin_download_of(self, work: Work) -> None:
+        folder = self.new_folder()
+        self.both(
+            lambda: self.reference.fetch_started(work, folder),
+            lambda db: self.store.fetch_started(db, work.id, folder, self.now),
+        )
 
     def end_download(self, number: int, audio: str, ends: str) -> None:
         work = self.some_run(number, JobState.FETCHING, JobState.CANCELLED)
@@ -348,11 +406,14 @@ class Queue(RuleBasedStateMachine):
 
     def fail(self, number: int) -> None:
         if (work := self.some_run(number, JobState.QUEUED, JobState.RUNNING, JobState.DONE)) is not None:
-            error = WhisperdError("bad_audio", "no")
-            self.both(
-                lambda: self.reference.fail(work, "bad_audio"),
-                lambda db: self.store.fail(db, work.id, error, self.now),
-            )
+            self.fail_work(work)
+
+    def fail_work(self, work: Work) -> None:
+        error = WhisperdError("bad_audio", "no")
+        self.both(
+            lambda: self.reference.fail(work, "bad_audio"),
+            lambda db: self.store.fail(db, work.id, error, self.now),
+        )
 
     def lose_the_model(self, *, suspect: bool) -> None:
         """All that it worked on goes back to the queue."""
@@ -373,6 +434,9 @@ class Queue(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([10.0, 400.0, 1100.0]))
     def wait(self, seconds: float) -> None:
+        self.pass_time(seconds)
+
+    def pass_time(self, seconds: float) -> None:
         self.reference.now += seconds
         self.both(self.reference.housekeep, lambda db: self.store.housekeep(db, self.now))
 
