@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.support import fill, requires_root, small_disk, wait_until
+from whisperd.daemon.scheduler import Turns
+from whisperd.daemon.state.board import Board
 from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.migrations import MIGRATIONS
@@ -427,8 +429,8 @@ def to_fetch(book: Book, address: bytes = b"address", **fields: Any) -> JobRow:
     return job_of(book.accept(share=address, **defaults | fields))
 
 
-def fetching(book: Book, folder: str = "first", **fields: Any) -> JobRow:
-    job = to_fetch(book, **fields)
+def fetching(book: Book, address: bytes = b"address", *, folder: str = "first", **fields: Any) -> JobRow:
+    job = to_fetch(book, address, **fields)
     book.run(lambda db: STORE.fetch_started(db, job.run_id, folder, book.now))
     return job
 
@@ -516,6 +518,18 @@ def test_jobs_of_one_run_are_retried_as_what_they_are(book: Book, first: str) ->
         {"kind": "url", "url": "address"},
         b"address",
     )
+
+
+def test_a_title_is_told_to_who_asked_for_the_download_and_not_to_who_shares_its_audio(book: Book) -> None:
+    ada, bob = 1, 2
+    video = fetching(book, uid=ada)
+    fetched(book, video, share_key=b"2:audio")  # as bob's file: `share_results` is "everyone"
+    file = job_of(book.accept(uid=bob, share=b"audio"))
+    run = run_of(book, video)
+    assert file.run_id == run.id
+    board = Board(Turns(16))
+    assert board.show(book.job(video.id), run).source == {"kind": "url", "url": "address", "title": "A talk"}
+    assert board.show(file, run).source == {"kind": "fd", "name": "talk.m4a"}
 
 
 def test_a_download_is_tried_again_three_times(book: Book) -> None:

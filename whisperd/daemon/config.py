@@ -176,7 +176,8 @@ class Config:
     share_results: str = _setting(
         "user",
         "Whose results may answer the same audio again: the same `user`'s, or `everyone`'s. With `everyone` a quick "
-        "answer tells that somebody had the same recording.",
+        "answer tells that somebody had the same recording. Where downloads may have cookies (`fetch_cookies`, "
+        "`fetch_socket`) each user's are his own.",
         choices=("user", "everyone"),
     )
     attach_grace_s: float = _setting(

@@ -40,7 +40,9 @@ def source_key(
 ) -> bytes:
     """Return the key of work whose audio is still to be downloaded.
 
-    With cookies, what one user can see is not for others, whatever `share_results` says.
+    With cookies, what one user can see is not for others, whatever `share_results` says. A download unit may have some,
+    as its credentials: whether it has is not known here.
     """
-    owner = "everyone" if config.share_results == "everyone" and not config.fetch_cookies else uid
+    cookies = config.fetch_cookies or config.fetch_socket
+    owner = "everyone" if config.share_results == "everyone" and not cookies else uid
     return digest([owner, dict(source), dict(options), list(model)])

@@ -168,12 +168,14 @@ class Board:
     def show(self, job: JobRow, run: RunRow) -> Job:
         """Return a job as replies show it, with progress and position where it lives."""
         live = self.runs.get(run.id) if not job.state.ended else None
+        # Who shares somebody else's work has the same bytes, and need not learn what that one's download is called.
+        titled = run.title is not None and (job.uid == run.uid or job.source == run.source)
         return Job(
             id=job.id,
             state=job.state,
             priority=job.priority,
             uid=job.uid,
-            source=job.source if run.title is None else {**job.source, "title": run.title},
+            source={**job.source, "title": run.title} if titled else job.source,
             options=job.options,
             submitted_at=job.submitted_at,
             started_at=job.started_at,
