@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import NO_MODEL, Daemon, client_as, error_of, requires_root, submit
+from tests.support import NO_MODEL, Daemon, client_as, error_of, requires_root, stop_process, submit, wait_until
 from whisperd.daemon.admission import Applicant, check_admission, check_room
 from whisperd.daemon.config import Config
 from whisperd.protocol.errors import WhisperdError
@@ -31,9 +31,11 @@ CONFIG = Config(
 APPLICANT = Applicant(uid=ANNA, unlimited=False, priority=BACKGROUND, size_bytes=10, spool_bytes=0)
 
 
-def refusal(applicant: Applicant, waiting: dict[tuple[int, Priority], int], *, free_bytes: int = MIB) -> str | None:
+def refusal(
+    applicant: Applicant, waiting: dict[tuple[int, Priority], int], *, free_bytes: int = MIB, joined_jobs: int = 0
+) -> str | None:
     try:
-        check_admission(CONFIG, applicant, waiting, free_bytes)
+        check_admission(CONFIG, applicant, waiting, free_bytes, joined_jobs=joined_jobs)
     except WhisperdError as error:
         return error.code
     return None
@@ -51,6 +53,12 @@ def test_a_user_may_have_eight_interactive_jobs_wait() -> None:
     assert refusal(urgent, {(ANNA, INTERACTIVE): 7}) is None
     assert refusal(urgent, {(ANNA, INTERACTIVE): 8}) == "quota_exceeded"
     assert refusal(replace(urgent, priority=BACKGROUND), {(ANNA, INTERACTIVE): 8}) is None
+
+
+def test_a_user_may_have_as_many_jobs_join_work_of_his() -> None:
+    assert refusal(APPLICANT, {}, joined_jobs=9) is None
+    assert refusal(APPLICANT, {}, joined_jobs=10) == "quota_exceeded"
+    assert refusal(replace(APPLICANT, unlimited=True), {}, joined_jobs=10) is None
 
 
 def test_a_users_audio_on_disk_is_bounded() -> None:
@@ -123,3 +131,23 @@ def test_audio_kept_after_a_cancel_counts_until_it_is_forgotten(
         assert error_of(lambda: submit(anna, recording(20))) == "quota_exceeded"
         anna.call("forget", job=job["id"])
         assert submit(anna, recording(20))["state"] == "queued"
+
+
+@requires_root
+def test_a_crowd_of_jobs_at_one_running_recording_is_bounded(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], micro: Path
+) -> None:
+    daemon = start_daemon(model=str(micro), ready=True, socket_mode="0666", capacity=8)
+    path = recording(600)
+    with client_as(daemon, ANNA) as anna, client_as(daemon, BERT) as bert, daemon.client() as root:
+        first = submit(anna, path)
+        wait_until(lambda: anna.call("result", job=first["id"])["job"]["state"] == "running")
+        stop_process(daemon.helpers("whisperd.model.main")[0].pid)
+        joined = [submit(anna, path) for _ in range(4)]
+        assert {job["state"] for job in joined} == {"running"}, "they take no place in the queue"
+        assert error_of(lambda: submit(anna, path)) == "quota_exceeded", "half of eight"
+        assert error_of(lambda: submit(anna, recording(1))) == "quota_exceeded"
+        anna.call("cancel", job=joined[0]["id"])
+        assert submit(anna, path)["state"] == "running"
+        assert submit(bert, path)["uid"] == BERT
+        assert [submit(root, path)["uid"] for _ in range(5)] == [0] * 5, "admins are exempt"

@@ -520,6 +520,18 @@ def test_jobs_of_one_run_are_retried_as_what_they_are(book: Book, first: str) ->
     )
 
 
+def test_the_jobs_of_a_run_are_read_once_however_many_segments_come(book: Book) -> None:
+    first = book.running()
+    second = job_of(book.accept())
+    statements: list[str] = []
+    book.run(lambda db: db.set_trace_callback(statements.append))
+    change = book.say(first.run_id, "one", "two", "three")
+    book.run(lambda db: db.set_trace_callback(None))
+    assert sum(text.startswith("SELECT * FROM jobs") for text in statements) == 1
+    assert change.jobs == [book.job(first.id), book.job(second.id)]
+    assert book.story(second.id) == ["queued", "running", "one", "two", "three"]
+
+
 def test_a_title_is_told_to_who_asked_for_the_download_and_not_to_who_shares_its_audio(book: Book) -> None:
     ada, bob = 1, 2
     video = fetching(book, uid=ada)

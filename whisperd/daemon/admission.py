@@ -28,12 +28,18 @@ class Applicant:
     spool_bytes: int
 
 
-def check_admission(config: Config, applicant: Applicant, waiting: Waiting, free_bytes: int) -> None:
-    """Raise what refuses one more job: `storage_full`, `queue_full` or `quota_exceeded`."""
+def check_admission(
+    config: Config, applicant: Applicant, waiting: Waiting, free_bytes: int, *, joined_jobs: int
+) -> None:
+    """Raise what refuses one more job: `storage_full`, `queue_full` or `quota_exceeded`.
+
+    `joined_jobs` of the applicant, waiting or running, are for work that another of his is for already.
+    """
     _check_disk(config, applicant, free_bytes)
     # First what the user can mend himself, and what tells him least of others.
     if not applicant.unlimited:
         _check_places(config, applicant, waiting)
+        _check_joined(config, joined_jobs)
         _check_spool(config, applicant)
     reserved = max(1, int(config.capacity * config.interactive_capacity_share))
     total = sum(waiting.values())
@@ -82,6 +88,17 @@ def _check_places(config: Config, applicant: Applicant, waiting: Waiting) -> Non
             ErrorCode.QUOTA_EXCEEDED,
             f"{interactive} interactive jobs of yours wait, and one user may have {config.interactive_per_user} "
             "(setting interactive_per_user): submit this one as background work, or when some have ended",
+        )
+
+
+def _check_joined(config: Config, joined_jobs: int) -> None:
+    """Refuse a crowd at one recording: who joins work that runs takes no place, but each segment is a row for each."""
+    most = places_per_user(config)
+    if joined_jobs >= most:
+        raise WhisperdError(
+            ErrorCode.QUOTA_EXCEEDED,
+            f"{joined_jobs} jobs of yours ask for what another of yours is at, and one user may have {most} (setting "
+            "capacity_share_per_user): wait for those, or cancel some",
         )
 
 

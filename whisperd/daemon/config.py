@@ -165,7 +165,11 @@ class Config:
         0.1, "Part of `capacity` kept for interactive jobs (at least one place).", low=0, high=0.9
     )
     capacity_share_per_user: float = _setting(
-        0.5, "Part of `capacity` that the waiting jobs of one user may take (admins exempt).", low=0, high=1
+        0.5,
+        "Part of `capacity` that the waiting jobs of one user may take, and as many those that ask for what another of "
+        "his is at (admins exempt).",
+        low=0,
+        high=1,
     )
     interactive_in_a_row: int = _setting(
         16,

@@ -290,7 +290,8 @@ class House:
         """
         self.disk.refuse_when_full()
         applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
-        check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes)
+        joined_jobs = self.board.joined_jobs(uid)
+        check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes, joined_jobs=joined_jobs)
 
     def check_submits(self, uid: int, key: str | None) -> None:
         """Raise `quota_exceeded` for one more submit that would hold a descriptor: known keys take no waiting place.

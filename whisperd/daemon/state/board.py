@@ -137,6 +137,11 @@ class Board:
             self._waiting = Counter((job.uid, job.priority) for job in waiting)
         return self._waiting
 
+    def joined_jobs(self, uid: int) -> int:
+        """Return how many live jobs of a user are for a run that another one of his is for already."""
+        runs = [job.run_id for job in self.jobs.values() if job.uid == uid]
+        return len(runs) - len(set(runs))
+
     def position(self, run_id: int) -> int | None:
         """Return a waiting run's place in the order of the model lane, 1 = next; None for one that does not wait."""
         return self._line.place(run_id, self.turns)

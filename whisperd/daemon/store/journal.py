@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from whisperd.daemon.store.moving import Moving
@@ -32,13 +33,14 @@ class Journaling(Moving):
         if run is None or run.state is not JobState.RUNNING:
             return change
         db.executemany("INSERT INTO journal (run_id, entry) VALUES (?, ?)", [(run_id, entry) for entry in entries])
+        live = self._live_jobs(db, run_id) if segments else []
         for number, segment in enumerate(segments, start=run.segments):
             db.execute("INSERT INTO segments VALUES (?, ?, ?, ?)", (run_id, run.edition, number, pack(segment)))
-            for job in self._live_jobs(db, run_id):
+            for job in live:
                 self._add_segment_event(db, change, job, run, number, segment)
         if segments:
             db.execute("UPDATE runs SET segments = segments + ? WHERE id = ?", (len(segments), run_id))
-            change.jobs = self._live_jobs(db, run_id)
+            change.jobs = [replace(job, last_seq=job.last_seq + len(segments)) for job in live]
             change.runs = [self._run(db, run_id)]
         return change
 
