@@ -20,8 +20,10 @@ from tests.support import (
     PLAIN_OPTIONS,
     Daemon,
     RawClient,
+    client_as,
     error_of,
     has_ended,
+    requires_root,
     running_daemon,
     stop_process,
     submit,
@@ -401,6 +403,35 @@ def test_options_that_are_as_by_default_are_not_part_of_a_keys_fingerprint() -> 
     assert fingerprints(["fd", 3], parse_options({"task": "transcribe"}))[0] == digest(["fd", 3, {}])
     options = parse_options({"language": "german", "mode": "exact"})
     assert fingerprints(["fd", 3], options)[0] == digest(["fd", 3, {"language": "de", "mode": "exact"}])
+
+
+@requires_root
+def test_who_comes_back_with_many_files_loses_no_attached_job(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    # Two submits of a connection are read at a time, and compared by one process, which stands still.
+    daemon = make_daemon(model=NO_MODEL, socket_mode="0666", attach_grace_s=3, copiers=1, open_requests=2)
+    paths = [recording(1) for _ in range(6)]
+    daemon.start()
+    with client_as(daemon, 20_001) as client, client_as(daemon, 20_002) as other:
+        jobs = [submit(client, path, attached=True, key=path.name) for path in paths]
+        left = submit(other, recording(1), attached=True, key="left")
+        daemon.kill()
+    daemon.start()
+    (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
+    stop_process(copier.pid)
+    with client_as(daemon, 20_001) as client, client_as(daemon, 20_002) as other:
+        numbers = []
+        for path in paths:
+            with path.open("rb") as file:
+                source = {"kind": "fd", "name": path.name}
+                params: dict[str, Any] = {"source": source, "options": PLAIN_OPTIONS, "key": path.name}
+                numbers.append(client.send("submit", descriptors=[file.fileno()], attached=True, **params))
+        assert other.result(left["id"])["job"]["state"] == "cancelled", "his holder did not come back in time"
+        os.kill(copier.pid, signal.SIGCONT)
+        for number, job in zip(numbers, jobs, strict=True):
+            again = client.reply(number)["result"]["job"]
+            assert (again["id"], again["state"]) == (job["id"], "queued")
 
 
 def test_stopping_refuses_new_work_and_tells_who_waits(

@@ -186,7 +186,8 @@ class Config:
     )
     attach_grace_s: float = _setting(
         30.0,
-        "After a restart: seconds within which an attached job's client must come back before it is cancelled.",
+        "After a restart: seconds within which an attached job's client must come back before it is cancelled; longer "
+        "while submits of the same user wait for their answers.",
         low=0,
     )
 

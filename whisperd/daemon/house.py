@@ -45,6 +45,8 @@ from whisperd.protocol.systemd import child_environment
 
 log = logging.getLogger("whisperd")
 
+_LEAST_GRACE_S = 1.0
+
 
 class House:
     """Everything the handlers reach: loop, configuration, ledger, lanes."""
@@ -232,11 +234,21 @@ class House:
         self.modelling.resume()
         self.fetching.pump()
 
-    def _drop_unheld(self) -> None:
-        """After a restart: cancel the attached jobs whose holders did not come back."""
-        for job in list(self.board.jobs.values()):
-            if job.attached and not self.watchers.held(job.id):
+    def _drop_unheld(self, submitted_before: frozenset[int] = frozenset()) -> None:
+        """After a restart: cancel the attached jobs whose holders did not come back.
+
+        Who comes back with many files has them compared a few at a time, and the rest of his submits are not read yet:
+        while any waits for its answer, and once more after that, his jobs are left alone.
+        """
+        submitting = frozenset(uid for uid, count in self.submitting.items() if count)
+        left = [job for job in self.board.jobs.values() if job.attached and not self.watchers.held(job.id)]
+        spared = submitting | submitted_before
+        for job in left:
+            if job.uid not in spared:
                 self.cancel_unheld(job.id)
+        if any(job.uid in spared for job in left):
+            grace_s = max(_LEAST_GRACE_S, self.config.attach_grace_s)
+            self.loop.call_later(grace_s, lambda: self._drop_unheld(submitting))
 
     def hold(self, job_id: int, peer: Peer) -> None:
         """Tie an attached job to a connection; if that is gone already, it has lost its holder."""
