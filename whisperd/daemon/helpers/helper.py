@@ -31,6 +31,8 @@ _BYTES_A_TURN = 256 * 1024
 # What a process that has ended may have left in its socket; the kernel's buffer is smaller.
 _MAX_LAST_BYTES = 4 * 1024 * 1024
 _END_GRACE_S = 5.0
+# A process that is killed may take seconds to give tens of gigabytes back.
+_REAP_S = 15.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -58,7 +60,9 @@ class Helper:
 
     `on_message(helper, message)` gets every message but `HelperHello`; none comes after `kill` or `close`.
     `on_exit(helper, reason)` is called exactly once, when the process has ended and is reaped, or could not be started;
-    never from inside a call of this class. Raises `OSError` when no descriptor is left for its socket.
+    never from inside a call of this class. `on_stuck(helper)` is called when it was killed and has not ended `_REAP_S`
+    later, as the kernel waits for a driver or a disk: `on_exit` may still come, or not before the machine is restarted.
+    `body` is where it runs, for tests. Raises `OSError` when no descriptor is left for its socket.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Helper:
         on_exit: Callable[[Helper, ExitReason], None],
         heartbeat_timeout_s: float,
         address: Path | None = None,
+        on_stuck: Callable[[Helper], None] = lambda helper: None,
+        body: Body | None = None,
     ) -> None:
         self.role = role
         self.ready = False
@@ -82,6 +88,7 @@ class Helper:
         self._settings = dict(settings)
         self._on_message = on_message
         self._on_exit = on_exit
+        self._on_stuck = on_stuck
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._reader = FrameReader(max_bytes=MAX_REPLY_BYTES)
         self._outbox: deque[_Outgoing] = deque()
@@ -89,11 +96,9 @@ class Helper:
         self._ending = False
         self._timer: Timer | None = None
         self._heard_at = loop.time()
-        self._body: Body = (
-            UnitInstance(address)
-            if address is not None
-            else ChildProcess(module, nice=nice, log_level=log_level, env=env)
-        )
+        if body is None and address is not None:
+            body = UnitInstance(address)
+        self._body: Body = body or ChildProcess(module, nice=nice, log_level=log_level, env=env)
         self._socket = self._body.socket
         self._start()
 
@@ -147,6 +152,13 @@ class Helper:
                 log.warning("helper killed role=%s pid=%d reason=%r", self.role, self.pid, reason)
             self._body.kill()
             self._hang_up()
+            if not self._ending:
+                self._set_timer(_REAP_S, self._still_there)
+
+    def _still_there(self) -> None:
+        self._timer = None
+        log.error("helper does not end role=%s pid=%d reason=%r", self.role, self.pid, self._reason)
+        self._on_stuck(self)
 
     def close(self, grace_s: float = _END_GRACE_S) -> None:
         """Let it end: it sees the end of file. One that still runs after `grace_s` is killed."""

@@ -31,7 +31,7 @@ class ModelProcess:
 
     `on_status` is called when the status has changed, `on_message` for what the helper says of runs, `on_gone(died)`
     when it has ended; `died` is False where we ended it ourselves. `is_busy` says whether it has work: then it must
-    show progress. `on_sample(well)` tells how the sample went, after `try_sample`.
+    show progress. `on_sample(well)` tells how the sample went, after `try_sample`. `make_helper` is there for tests.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class ModelProcess:
         on_gone: Callable[[bool], None],
         on_sample: Callable[[bool], None],
         is_busy: Callable[[], bool],
+        make_helper: Callable[..., Helper] = Helper,
     ) -> None:
         self._loop, self._config, self._spool, self._env = loop, config, spool, env
         self._on_status, self._on_message, self._on_gone, self._is_busy = on_status, on_message, on_gone, is_busy
-        self._on_sample = on_sample
+        self._on_sample, self._make_helper = on_sample, make_helper
         self._to_try = False  # the next process is ready only once it has got through the sample
         self._loaded: ModelStatus | None = None  # it tries the sample; this is its status when it gets through
         self._sick = ""  # why it did not
@@ -62,6 +63,7 @@ class ModelProcess:
         self._last_beat = -1
         self._last_beat_at = 0.0
         self._ending = ""  # why we end the helper ourselves; such an end is nobody's fault
+        self._stuck = False  # it was killed, and does not end
         self.left: Callable[[], None] = lambda: None  # the process has gone, and none comes after it
         self.held = False  # unloaded by an administrator: stays so until he loads it
         self.asleep = False  # unloaded for want of work: the next job loads it
@@ -87,7 +89,9 @@ class ModelProcess:
     @property
     def ready(self) -> Helper | None:
         """The helper, while it takes work."""
-        return self.helper if self.status.state == "ready" and not self._ending else None
+        helper = self.helper
+        takes_work = helper is not None and helper.alive and self.status.state == "ready" and not self._ending
+        return helper if takes_work else None
 
     # -- loading and unloading -------------------------------------------------------------------------------------
 
@@ -171,7 +175,7 @@ class ModelProcess:
 
     def _start_helper(self) -> Helper:
         config = self._config
-        return Helper(
+        return self._make_helper(
             self._loop,
             role="model",
             module="whisperd.model.main",
@@ -193,6 +197,7 @@ class ModelProcess:
             env=self._env,
             on_message=self._hear,
             on_exit=self._on_exit,
+            on_stuck=self._on_stuck,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
         )
 
@@ -248,6 +253,19 @@ class ModelProcess:
         elif now - self._last_beat_at > self._config.stall_timeout_s and self.helper is not None:
             self.helper.kill(f"no progress for {self._config.stall_timeout_s:g} s")
 
+    def _on_stuck(self, helper: Helper) -> None:
+        """It is of no use any more: what it had goes back to the queue. Should it end after all, another one comes."""
+        if helper is not self.helper:
+            return
+        if not self._stuck:
+            self._stuck = True
+            self._on_gone(not self._ending)
+        self._set_status(
+            self._no_status(
+                "failed", f"its process {helper.pid} cannot be ended (its driver or a disk hangs): restart the machine"
+            )
+        )
+
     def _on_exit(self, helper: Helper, reason: ExitReason) -> None:
         if helper is not self.helper:
             return
@@ -259,8 +277,9 @@ class ModelProcess:
             self.crashes += 1
             log.error("model helper died reason=%s", reason.reason)
         self.gauges = {}
-        self._on_gone(not ours)
-        self._ending = ""
+        if not self._stuck:
+            self._on_gone(not ours)
+        self._ending, self._stuck = "", False
         if self.held or self.asleep:
             self._set_status(self._no_status("unloaded"))
             self.left()
