@@ -161,6 +161,33 @@ def test_paths_become_absolute(paths: Paths) -> None:
     assert load(paths, state_dir="state/../here").state_dir == Path.cwd() / "here"
 
 
+def test_where_cookies_and_the_fetch_socket_lie_may_be_said_with_a_tilde(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cookies").mkdir()
+    config = load(paths, "fetch_cookies = '~/cookies'", {"WHISPERD_FETCH_SOCKET": "~/fetch.sock"})
+    assert (config.fetch_cookies, config.fetch_socket) == (f"{tmp_path}/cookies", f"{tmp_path}/fetch.sock")
+    assert not caplog.records
+    config = load(paths, "fetch_cookies = ''")
+    assert (config.fetch_cookies, config.fetch_socket) == ("", "")
+
+
+def test_a_folder_of_cookies_that_is_not_there_is_a_warning(paths: Paths, tmp_path: Path) -> None:
+    paths.config_file.write_text("fetch_cookies = '~/cookies'")
+    command = [sys.executable, "-m", "whisperd", "--config", str(paths.config_file), "--socket", str(paths.socket)]
+    done = subprocess.run(
+        [*command, "--check"],
+        cwd=ROOT,
+        env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "the settings are good\n"
+    assert f"fetch_cookies: there is no folder {tmp_path}/cookies, so no download has cookies" in done.stderr
+
+
 def test_admins_are_root_the_daemon_and_who_is_named(paths: Paths) -> None:
     assert admin_uids(load(paths)) == {0, os.geteuid()}
     group = grp.getgrgid(os.getegid()).gr_name

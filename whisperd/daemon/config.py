@@ -39,7 +39,8 @@ class ConfigError(Exception):
 def _setting(value: Any, help: str, *, flag: bool = False, **check: Any) -> Any:
     """A field with its help text. Checks: `low` and `high` for numbers, `choices` or `pattern` for strings.
 
-    `default` among them tells in words what None stands for.
+    `default` among them tells in words what None stands for. With `path` a string that is not empty is
+    made a whole path.
     """
     return field(default=value, metadata={"help": help, "flag": flag, **check})
 
@@ -246,11 +247,13 @@ class Config:
         "",
         "Folder of cookie files (Netscape format), one a user: `UID.txt` or `NAME.txt`. They are read, never written, "
         "and used for that user's downloads alone. Empty: no cookies.",
+        path=True,
     )
     fetch_socket: str = _setting(
         "",
         "Socket of `whisperd-fetch.socket`: each download runs in an instance of that unit. Empty: in the daemon's own "
         "processes.",
+        path=True,
     )
     fetchers: int = _setting(
         2,
@@ -502,11 +505,11 @@ def _checked(setting: Field[Any], value: Any, where: str) -> Any:
     match setting.type:
         case "Path":
             if isinstance(value, str | Path) and str(value):
-                return Path(os.path.abspath(Path(value).expanduser()))
+                return _whole(value)
             wanted = "a path"
         case "str":
             if isinstance(value, str) and _allowed(setting, value):
-                return value
+                return str(_whole(value)) if value and setting.metadata.get("path") else value
             choices = setting.metadata.get("choices")
             wanted = " or ".join(map(repr, choices)) if choices else setting.metadata.get("wanted", "a string")
         case "bool":
@@ -527,6 +530,10 @@ def _checked(setting: Field[Any], value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {wanted}, not {value!r}")
 
 
+def _whole(path: str | Path) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
 def _allowed(setting: Field[Any], value: str) -> bool:
     choices, pattern = setting.metadata.get("choices"), setting.metadata.get("pattern")
     return (choices is None or value in choices) and (pattern is None or re.fullmatch(pattern, value) is not None)
@@ -539,6 +546,8 @@ def _check_together(config: Config) -> None:
         catalogue(config.extra_models)
     except ValueError as error:
         raise ConfigError(f"extra_models: {error}") from None
+    if config.fetch_cookies and not os.path.isdir(config.fetch_cookies):
+        log.warning("fetch_cookies: there is no folder %s, so no download has cookies", config.fetch_cookies)
     if config.socket_group:
         group_id(config.socket_group, "socket_group")
     admin_uids(config)
