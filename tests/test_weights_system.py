@@ -161,3 +161,20 @@ def test_nothing_is_downloaded_where_that_is_not_wanted(start_daemon: Callable[.
         assert "models_url" in problem
         assert daemon.whisperctl("model", "pull", "base").returncode == 8
         assert not daemon.helpers(FETCHER)
+
+
+def test_a_model_that_was_put_where_it_said_needs_no_download(
+    start_daemon: Callable[..., Daemon], settings: dict[str, Any], micro: Path
+) -> None:
+    daemon = start_daemon(**settings | {"models_url": ""})
+    refused = daemon.whisperctl("model", "pull", "ours")
+    assert refused.returncode == 8
+    path = Path(refused.stderr.split()[-1])
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(micro.read_bytes()[:-1])
+    damaged = daemon.whisperctl("model", "pull", "ours")
+    assert (damaged.returncode, damaged.stderr) == (8, refused.stderr), "a damaged one is none"
+    path.write_bytes(micro.read_bytes())
+    pulled = daemon.whisperctl("model", "pull", "ours")
+    assert (pulled.returncode, pulled.stdout) == (0, f"{path}\n")
+    daemon.wait_ready()

@@ -54,6 +54,8 @@ class WeightsFetcher:
             for path in wanted.present(self._settings.cache_dir, self._environ):
                 if _sha256_of(path, look) == wanted.sha256:
                     return path
+            if not self._settings.models_url:
+                raise FetchError(ErrorCode.FORBIDDEN, wanted.only_by_hand(self._settings.cache_dir))
             home.parent.mkdir(parents=True, exist_ok=True)
             with _alone_with(partial) as file:
                 self._complete(wanted, _Arriving(file, home.parent, look))

@@ -35,6 +35,13 @@ class Checkpoint:
         user_cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/")) / ".cache")
         return [self.home(cache_dir), cache_dir / self.file_name, user_cache / "whisper" / self.file_name]
 
+    def only_by_hand(self, cache_dir: Path) -> str:
+        """Return for people what to do where no models are downloaded."""
+        return (
+            "this daemon downloads no models (the setting models_url is empty): put the file of sha256 "
+            f"{self.sha256} at {self.home(cache_dir)}"
+        )
+
     def present(self, cache_dir: Path, environ: Mapping[str, str]) -> list[Path]:
         """Return the places that have it, whole or not: its hash tells. A folder that must not be read has nothing."""
         return [path for path in self.places(cache_dir, environ) if os.path.isfile(path) and os.access(path, os.R_OK)]

@@ -87,18 +87,15 @@ class WeightsLane:
     def pull(self, name: str, listener: Listener) -> None:
         """See that a model's file is there, and whole. `listener` is never called from inside this.
 
-        Raises `WhisperdError`: `bad_request` for a name that is none, `forbidden` where nothing is to be downloaded.
+        Raises `WhisperdError`: `bad_request` for a name that is none, `forbidden` where it is not there
+        and nothing is to be downloaded.
         """
         wanted = self._catalogue.get(name)
         if wanted is None:
             names = ", ".join(self._catalogue)
             raise WhisperdError(ErrorCode.BAD_REQUEST, f"{name!r} is not the name of a model to download: {names}")
-        if not self._config.models_url:
-            raise WhisperdError(
-                ErrorCode.FORBIDDEN,
-                "this daemon downloads no models (the setting models_url is empty): put the file of sha256 "
-                f"{wanted.sha256} at {wanted.home(self._config.cache_dir)}",
-            )
+        if not self._config.models_url and self.place(wanted) is None:  # one that is there is only looked at
+            raise WhisperdError(ErrorCode.FORBIDDEN, wanted.only_by_hand(self._config.cache_dir))
         pull = self._pulls.get(wanted.file_name)
         if pull is None:
             pull = self._pulls[wanted.file_name] = _Pull(number=next(self._numbers), wanted=wanted)
