@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import sqlite3
@@ -521,6 +522,29 @@ def test_files_that_cannot_be_closed_do_not_pile_up(
         assert error_of(lambda: submit(client, recording())) == "no_descriptor"
         with Client(daemon.socket) as far:
             assert far.submit(recording()).source["kind"] == "upload"
+
+
+def test_a_known_file_that_there_is_no_descriptor_left_for_is_to_be_uploaded(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon, path = start_daemon(model=NO_MODEL), recording()
+    process = psutil.Process(daemon.pid)
+
+    def open_descriptors() -> dict[int, str]:
+        folder = f"/proc/{daemon.pid}/fd"
+        return {int(name): os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+
+    with daemon.client() as client:
+        job = submit(client, path, key="known")
+        wait_until(lambda: str(path) not in open_descriptors().values())
+        free = next(number for number in itertools.count() if number not in open_descriptors())
+        limits = process.rlimit(psutil.RLIMIT_NOFILE)
+        # The client's descriptor still arrives; the copy of it that is compared would be the next one.
+        process.rlimit(psutil.RLIMIT_NOFILE, (free + 1, limits[1]))
+        assert error_of(lambda: submit(client, path, key="known")) == "no_descriptor"
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+        with Client(daemon.socket) as far:
+            assert far.submit(path, key="known", **PLAIN_OPTIONS).id == job["id"]
 
 
 @requires_root

@@ -156,8 +156,9 @@ class _Submission:
             self._give_up(error)
             return
         except OSError as error:
-            message = f"whisperd has no descriptor to spare ({error.strerror}): submit again under the same key"
-            self._give_up(WhisperdError(ErrorCode.UNAVAILABLE, message))
+            # As where none are taken from clients: an upload needs none.
+            message = f"whisperd has no descriptor to spare ({error.strerror}): upload it, under the same key"
+            self._give_up(WhisperdError(ErrorCode.NO_DESCRIPTOR, message))
             return
         reading: Copy = self._new_copy(
             descriptor=descriptor,
