@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -29,6 +29,7 @@ from whisperd.daemon.config import Config, ConfigError, load_config
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.wire.listener import Listener, SocketTakenError, open_listener
 from whisperd.daemon.wire.server import Peer, Server
+from whisperd.protocol.channel import peer_credentials
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.frames import Raw, encode_body, encode_frame
 from whisperd.protocol.messages import Request
@@ -132,6 +133,15 @@ def ended(client: RawClient) -> bool:
 def test_the_kernel_says_who_asks(serve: Served) -> None:
     answer = serve.client().call("hello")
     assert (answer["uid"], answer["gid"], answer["pid"]) == (os.getuid(), os.getgid(), os.getpid())
+
+
+def test_a_uid_beyond_two_thousand_million_is_no_negative_one() -> None:
+    class StandIn:
+        def getsockopt(self, level: int, option: int, size: int) -> bytes:
+            assert (level, option) == (socket.SOL_SOCKET, socket.SO_PEERCRED)
+            return struct.pack("=iII", 7, 3_000_000_000, 4_000_000_000)[:size]
+
+    assert peer_credentials(cast(socket.socket, StandIn())) == (7, 3_000_000_000, 4_000_000_000)
 
 
 def test_descriptors_arrive_and_none_is_left_open(serve: Served) -> None:

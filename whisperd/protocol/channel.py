@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from whisperd.protocol.frames import FrameReader, encode_frame, parse_body
 
 _RECEIVE_BYTES = 256 * 1024
 _MAX_DESCRIPTORS = 4
+_UCRED = struct.Struct("=iII")  # pid, uid, gid (unix(7))
 
 
 class Channel:
@@ -74,6 +76,15 @@ class Channel:
         for fd in self._reader.descriptors():
             os.close(fd)
         self.socket.close()
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of who is at the other end of a Unix socket, as of his connect or listen (SO_PEERCRED).
+
+    Raises `OSError`.
+    """
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
 
 
 def received_descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from whisperd import __version__
 from whisperd.protocol import logs
-from whisperd.protocol.channel import Channel
+from whisperd.protocol.channel import Channel, peer_credentials
 from whisperd.protocol.frames import MAX_REPLY_BYTES
 from whisperd.protocol.helper_messages import (
     Configure,
@@ -26,7 +26,7 @@ from whisperd.protocol.helper_messages import (
     from_wire,
     to_wire,
 )
-from whisperd.protocol.systemd import Watchdog, peer_uid
+from whisperd.protocol.systemd import Watchdog
 
 HEARTBEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -117,8 +117,8 @@ def start(role: str, argv: list[str] | None = None) -> HelperLink:
         os.nice(arguments.nice)
     logs.configure(arguments.log_level)
     sock = socket.socket(fileno=arguments.fd)
-    if arguments.peer and peer_uid(sock) != pwd.getpwnam(arguments.peer).pw_uid:
-        sys.exit(f"uid {peer_uid(sock)} has connected, and only {arguments.peer} may: nothing was done for it")
+    if arguments.peer and (uid := peer_credentials(sock)[1]) != pwd.getpwnam(arguments.peer).pw_uid:
+        sys.exit(f"uid {uid} has connected, and only {arguments.peer} may: nothing was done for it")
     watchdog = Watchdog()
     channel = Channel(sock, max_bytes=MAX_REPLY_BYTES, descriptors=True)
     try:

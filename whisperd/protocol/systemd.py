@@ -11,13 +11,11 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 from collections.abc import Mapping, MutableMapping
 
 log = logging.getLogger("whisperd.systemd")
 
 _FIRST_FD = 3
-_UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7))
 _SOCKETS = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 # What it tells one service, and none of the programs that this one starts.
 _OF_THE_SERVICE = frozenset(
@@ -85,12 +83,6 @@ class Watchdog:
         if self._socket is not None:
             with contextlib.suppress(OSError):  # systemd is busy: the next one will do
                 self._socket.send(b"WATCHDOG=1")
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """Return whose the process at the other end of a Unix socket was when it connected or listened (SO_PEERCRED)."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)
 
 
 def watchdog_timeout_s(environ: Mapping[str, str] = os.environ) -> float | None:

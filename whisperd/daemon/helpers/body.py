@@ -12,7 +12,7 @@ from typing import Protocol
 
 import whisperd
 from whisperd.daemon.helpers.spawning import spawner
-from whisperd.protocol.systemd import peer_uid
+from whisperd.protocol.channel import peer_credentials
 
 
 class Body(Protocol):
@@ -87,7 +87,7 @@ class UnitInstance:
             raise OSError(
                 f"{self._address}: {error.strerror}; is its socket unit started? systemctl start whisperd-fetch.socket"
             ) from None
-        uid = peer_uid(self.socket)
+        _, uid, _ = peer_credentials(self.socket)
         # Whoever listens there is told what to fetch for whom, and what it answers is believed.
         if uid not in (0, os.geteuid()):
             raise PermissionError(f"{self._address} belongs to uid {uid}, and should to systemd")

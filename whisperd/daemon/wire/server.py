@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from whisperd.daemon.loop import READ, Loop, Timer
 from whisperd.daemon.wire.link import Link, Peer
 from whisperd.daemon.wire.listener import Listener, open_listener
 from whisperd.daemon.wire.user_budget import UserBudget
+from whisperd.protocol.channel import peer_credentials
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
@@ -24,7 +24,6 @@ __all__ = ["Peer", "Server"]
 log = logging.getLogger("whisperd.server")
 
 _ACCEPTS_A_TURN = 64
-_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _REARM_S = 1.0
 
 
@@ -120,12 +119,11 @@ class Server:
     def _add(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         try:
-            packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            credentials = peer_credentials(sock)
         except OSError as error:
             log.warning("a client without credentials is refused error=%s", error)
             sock.close()
             return
-        credentials = _CREDENTIALS.unpack(packed)
         uid = credentials[1]
         self._last_id += 1
         refusal = self._refusal(uid)
