@@ -55,3 +55,8 @@ class WhisperdError(Exception):
     def to_wire(self) -> dict[str, str]:
         """Return `{"code": ..., "message": ...}` as a reply or a job carries it."""
         return {"code": self.code, "message": self.message}
+
+
+def internal_error() -> WhisperdError:
+    """Return the error for a defect of our own, which whoever met it has logged."""
+    return WhisperdError(ErrorCode.INTERNAL, "whisperd met an error of its own, which its log describes")

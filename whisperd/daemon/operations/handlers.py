@@ -79,15 +79,8 @@ class Call:
 
 
 def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int]) -> None:
-    """Handle one request. Whatever goes wrong is an answer to its client and nobody else's business."""
-    call = Call(house, peer, request.id, descriptors)
-    try:
-        _HANDLERS[type(request.params)](call, request.params)
-    except WhisperdError as error:
-        call.fail(error)
-    except Exception:
-        log.exception("handler failed op=%s", request.op)
-        call.fail(WhisperdError(ErrorCode.INTERNAL, "an unexpected error, which the daemon's log describes"))
+    """Handle one request. What this raises is its answer, and nobody else's business: its connection sees to that."""
+    _HANDLERS[type(request.params)](Call(house, peer, request.id, descriptors), request.params)
 
 
 def _handle_hello(call: Call, params: Hello) -> None:

@@ -21,7 +21,7 @@ from whisperd.daemon.store.database import Database
 from whisperd.daemon.store.rows import Change
 from whisperd.daemon.watchers import Watchers
 from whisperd.daemon.wire.server import Peer
-from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.errors import WhisperdError, internal_error
 from whisperd.protocol.jobs import JobState
 
 log = logging.getLogger("whisperd.jobs")
@@ -121,7 +121,7 @@ class Ledger:
                 return
             error = outcome
             if not isinstance(error, WhisperdError):
-                error = WhisperdError(ErrorCode.INTERNAL, "an unexpected error, which the daemon's log describes")
+                error = internal_error()
             if failed is None:
                 log.error("store call failed code=%s message=%s", error.code, error.message)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from whisperd.daemon.wire.descriptors import close_apart
 from whisperd.daemon.wire.user_budget import UserBudget
-from whisperd.protocol.errors import ErrorCode, WhisperdError
+from whisperd.protocol.errors import ErrorCode, WhisperdError, internal_error
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.frames import (
     MAX_REPLY_BYTES,
@@ -140,7 +140,7 @@ class Connection:
             self.fail(request.id, error)
         except Exception:
             log.exception("request failed op=%s", request.op)
-            self.fail(request.id, WhisperdError(ErrorCode.INTERNAL, "whisperd met an error of its own; see its log"))
+            self.fail(request.id, internal_error())
 
     # --- answers ---
 
