@@ -8,17 +8,13 @@ and with one already while its turn has not come, so that many waiting uploads h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from whisperd.daemon.loop import Loop, Timer
-from whisperd.daemon.wire.server import Peer
+from whisperd.daemon.wire.server import Fail, Peer, Reply
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.messages import MAX_UNANSWERED_CHUNKS, Chunk
-
-Reply = Callable[[Mapping[str, Any]], None]
-Fail = Callable[[WhisperdError], None]
 
 # No setting: the protocol promises 16 at most, and in line more than one would serve nobody.
 _MAX_UNANSWERED_IN_LINE = 1

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from whisperd.daemon.house import House
 from whisperd.daemon.keys import digest, fingerprints, share_key
 from whisperd.daemon.lanes.copying import Copy, CopyLane
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store.rows import Change, NewJob, about
-from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.helper_messages import Copied
 from whisperd.protocol.messages import Submit, source_to_wire
 
-Reply = Callable[[Mapping[str, Any]], None]
-Fail = Callable[[WhisperdError], None]
 
-
-def followed_by(over: Callable[[], None], reply: Reply, fail: Fail) -> tuple[Reply, Fail]:
-    """Return both ways to answer a submit, with `over` called behind either."""
-
-    def replied(result: Mapping[str, Any]) -> None:
-        reply(result)
-        over()
-
-    def failed(error: WhisperdError) -> None:
-        fail(error)
-        over()
-
-    return replied, failed
-
-
-def options_of(house: House, params: Submit) -> dict[str, Any]:
+def options_of(call: Call, params: Submit) -> dict[str, Any]:
     """Return the options with the mode that is meant where none is asked for: what is done, kept and shared."""
-    return {**params.options, "mode": params.options["mode"] or house.config.mode}
+    return {**params.options, "mode": params.options["mode"] or call.house.config.mode}
 
 
 def early_fingerprints(size_bytes: int, options: Mapping[str, Any]) -> tuple[bytes, ...]:
@@ -56,22 +38,12 @@ def outlives_client(params: Submit) -> bool:
     return params.key is not None and not params.attached
 
 
-def accept(
-    house: House,
-    peer: Peer,
-    params: Submit,
-    *,
-    early: bytes,
-    lane: CopyLane,
-    copy: Copy,
-    copied: Copied,
-    reply: Reply,
-    fail: Fail,
-) -> None:
-    """Commit the job of a file that is in the spool; answers through `reply` or `fail`, once, and settles its copy."""
-    options = options_of(house, params)
+def accept(call: Call, params: Submit, *, early: bytes, lane: CopyLane, copy: Copy, copied: Copied) -> None:
+    """Commit the job of a file that is in the spool; answers `call`, and settles its copy."""
+    house, uid = call.house, call.peer.uid
+    options = options_of(call, params)
     new = NewJob(
-        uid=peer.uid,
+        uid=uid,
         priority=params.priority,
         attached=params.attached,
         key=params.key,
@@ -79,7 +51,7 @@ def accept(
         options=options,
         fresh=params.fresh,
         fingerprint=fingerprint_of(early, copied),
-        share_key=share_key(house.config, peer.uid, copied.sha256, options, house.modelling.identity),
+        share_key=share_key(house.config, uid, copied.sha256, options, house.modelling.identity),
         folder=copy.folder,
         sha256=copied.sha256,
         size_bytes=copied.size_bytes,
@@ -91,13 +63,13 @@ def accept(
         if change.reused:
             house.metrics.cache_hits += 1
         if params.attached:
-            house.hold(job.id, peer)
-        reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
+            house.hold(job.id, call.peer)
+        call.reply({"job": call.show(job, run), "reused": change.reused})
 
     def refused(error: WhisperdError) -> None:
         lane.settled(copy)
         house.ledger.spool.remove(copy.folder)
-        fail(error)
+        call.fail(error)
 
     store = house.ledger.store
     house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)

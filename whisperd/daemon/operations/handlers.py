@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from whisperd import __version__
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.weights import Listener
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.operations.retrying import retry
 from whisperd.daemon.operations.statistics import statistics
 from whisperd.daemon.operations.submitting import submit_file
@@ -52,32 +52,6 @@ log = logging.getLogger("whisperd.handlers")
 _EVENT_PAGE = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request with who asked and where to answer. `descriptors` are closed after the handler unless it took them."""
-
-    house: House
-    peer: Peer
-    id: int
-    descriptors: list[int]
-
-    def reply(self, result: Mapping[str, Any]) -> None:
-        """Answer with a result."""
-        self.peer.reply(self.id, result)
-
-    def fail(self, error: WhisperdError) -> None:
-        """Answer with an error."""
-        self.peer.fail(self.id, error)
-
-    def show(self, job: JobRow, run: RunRow) -> dict[str, Any]:
-        """Return a job as the wire has it."""
-        return self.house.board.show(job, run).to_wire()
-
-    def view(self) -> int | None:
-        """Return whose jobs the caller may see; None = everybody's."""
-        return self.house.view_of(self.peer)
-
-
 def dispatch(house: House, peer: Peer, request: Request, descriptors: list[int]) -> None:
     """Handle one request. What this raises is its answer, and nobody else's business: its connection sees to that."""
     _HANDLERS[type(request.params)](Call(house, peer, request.id, descriptors), request.params)
@@ -93,21 +67,17 @@ def _handle_health(call: Call, params: Health) -> None:
     call.reply(call.house.health())
 
 
-def _handle_stats(call: Call, params: Stats) -> None:
-    statistics(call.house, call.peer, call.reply, call.fail, inspect=params.inspect)
-
-
 def _handle_submit(call: Call, params: Submit) -> None:
     modelling = call.house.modelling
     if modelling.traits:  # else it is not loaded: the job is accepted, and fails later of what the model cannot do
         check_abilities(params.options, modelling.traits, modelling.process.status.name)
     match params.source:
         case FileSource():
-            submit_file(call.house, call.peer, params, call.descriptors, call.reply, call.fail)
+            submit_file(call, params)
         case UploadSource():
-            submit_upload(call.house, call.peer, call.id, params, call.reply, call.fail)
+            submit_upload(call, params)
         case _:
-            submit_fetch(call.house, call.peer, params, call.reply, call.fail)
+            submit_fetch(call, params)
 
 
 def _handle_chunk(call: Call, params: Chunk) -> None:
@@ -172,10 +142,6 @@ def _handle_cancel(call: Call, params: Cancel) -> None:
         call.fail,
         by=call.peer,
     )
-
-
-def _handle_retry(call: Call, params: Retry) -> None:
-    retry(call.house, call.peer, params.job, call.reply, call.fail)
 
 
 def _handle_forget(call: Call, params: Forget) -> None:
@@ -319,13 +285,13 @@ def _admins_only(call: Call, what: str) -> None:
 _HANDLERS: Mapping[type[Any], Callable[[Call, Any], None]] = {
     Hello: _handle_hello,
     Health: _handle_health,
-    Stats: _handle_stats,
+    Stats: statistics,
     Submit: _handle_submit,
     Chunk: _handle_chunk,
     Result: _handle_result,
     Jobs: _handle_jobs,
     Cancel: _handle_cancel,
-    Retry: _handle_retry,
+    Retry: retry,
     Forget: _handle_forget,
     Subscribe: _handle_subscribe,
     Model: _handle_model,

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping
-from typing import Any
 
-from whisperd.daemon.house import House
 from whisperd.daemon.keys import share_key, source_key
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import check_retry
 from whisperd.daemon.store.rows import Change, JobRow, RunRow, about
-from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
+from whisperd.protocol.messages import Retry
 
 
-def retry(
-    house: House,
-    peer: Peer,
-    job_id: int,
-    reply: Callable[[Mapping[str, Any]], None],
-    fail: Callable[[WhisperdError], None],
-) -> None:
+def retry(call: Call, params: Retry) -> None:
     """Answer with a new job of the old one's owner, which waits like any other: admission and quotas apply.
 
     Raises `stopping`. Its bytes are in the spool already, so they count once.
     """
+    house, job_id = call.house, params.job
     house.refuse_when_stopping()
-    store, view = house.ledger.store, house.view_of(peer)
+    store, view = house.ledger.store, call.view()
     model = list(house.modelling.identity)
 
     def key(job: JobRow, run: RunRow) -> bytes:
@@ -45,22 +38,21 @@ def retry(
             house.refuse_when_stopping()
             house.admit(job.uid, job.priority, size_bytes=0, stored_bytes=stored_bytes)
         except WhisperdError as error:
-            fail(error)
+            call.fail(error)
             return
         place = (job.uid, job.priority)
         house.accepting[place] += 1
 
         def done(change: Change) -> None:
             house.accepting[place] -= 1
-            again, run = about(change)
-            reply({"job": house.board.show(again, run).to_wire()})
+            call.reply({"job": call.show(*about(change))})
 
         def refused(error: WhisperdError) -> None:
             house.accepting[place] -= 1
-            fail(error)
+            call.fail(error)
 
         house.ledger.commit(
             lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key), done, refused, new_work=True
         )
 
-    house.ledger.read(look, admit, fail, by=peer)
+    house.ledger.read(look, admit, call.fail, by=call.peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,24 +13,21 @@ from whisperd.daemon.helpers.helper import process_rss_bytes
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.pool import Pool
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.operations.turns import ask_in_turn
-from whisperd.daemon.wire.server import Peer
-from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.jobs import JobState, Priority
-
-Reply = Callable[[Mapping[str, Any]], None]
-Fail = Callable[[WhisperdError], None]
+from whisperd.protocol.messages import Stats
 
 _INSPECT_S = 20.0  # a fetcher is up in one or two; on a busy machine it may take longer
 _MODEL_SOFTWARE = ("torch", "whisper", "cuda", "cuda_devices", "cuda_problem")
 
 
-def statistics(house: House, peer: Peer, reply: Reply, fail: Fail, *, inspect: bool = False) -> None:
+def statistics(call: Call, params: Stats) -> None:
     """Answer `stats`; with `inspect` once the helpers that are there only when needed have told what they know."""
-    if not inspect:
-        _look_and_reply(house, peer, reply, fail)
+    if not params.inspect:
+        _look_and_reply(call)
         return
-    unknown = {house.decoding.pool, house.fetching.pool}
+    unknown = {call.house.decoding.pool, call.house.fetching.pool}
     answered = False
 
     def answer() -> None:
@@ -38,21 +35,22 @@ def statistics(house: House, peer: Peer, reply: Reply, fail: Fail, *, inspect: b
         if not answered:
             answered = True
             timer.cancel()
-            _look_and_reply(house, peer, reply, fail)
+            _look_and_reply(call)
 
     def known(pool: Pool) -> None:
         unknown.discard(pool)
         if not unknown:
             answer()
 
-    timer = house.loop.call_later(_INSPECT_S, answer)
+    timer = call.house.loop.call_later(_INSPECT_S, answer)
     for pool in list(unknown):
         pool.when_known(partial(known, pool))
 
 
-def _look_and_reply(house: House, peer: Peer, reply: Reply, fail: Fail) -> None:
+def _look_and_reply(call: Call) -> None:
     """Have counted what only the disk knows, then answer. In turn: a count is waited for, and many may ask for one."""
-    ask_in_turn(peer, house.inventory.ask, lambda disk: reply(_collect(house, disk)), fail)
+    house = call.house
+    ask_in_turn(call.peer, house.inventory.ask, lambda disk: call.reply(_collect(house, disk)), call.fail)
 
 
 def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,35 +10,23 @@ import os
 import stat
 from typing import Any
 
-from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import (
-    Fail,
-    Reply,
-    accept,
-    early_fingerprints,
-    fingerprint_of,
-    followed_by,
-    outlives_client,
-)
+from whisperd.daemon.operations.accepting import accept, early_fingerprints, fingerprint_of, outlives_client
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, about
 from whisperd.daemon.wire.descriptors import close_apart, look_at
-from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied
 from whisperd.protocol.messages import Submit
 
 
-def submit_file(house: House, peer: Peer, params: Submit, descriptors: list[int], reply: Reply, fail: Fail) -> None:
-    """Handle one submit: raises what can be refused at once, else answers through `reply` or `fail`, once.
-
-    Takes the descriptor out of `descriptors` when it goes on to the copy lane.
-    """
-    size_bytes = check_descriptors(descriptors, max_bytes=house.config.max_source_bytes)
-    house.check_submits(peer.uid, params.key)
-    _Submission(house, peer, params, descriptors.pop(), size_bytes, reply, fail).begin()
+def submit_file(call: Call, params: Submit) -> None:
+    """Handle one submit; raises what can be refused at once. Takes the descriptor when it goes on to the copy lane."""
+    size_bytes = check_descriptors(call.descriptors, max_bytes=call.house.config.max_source_bytes)
+    call.house.check_submits(call.peer.uid, params.key)
+    _Submission(call, params, call.descriptors.pop(), size_bytes).begin()
 
 
 def check_descriptors(descriptors: list[int], *, max_bytes: int) -> int:
@@ -86,12 +74,10 @@ def _kind(mode: int) -> str:
 class _Submission:
     """One submit between its checks and its answer."""
 
-    def __init__(
-        self, house: House, peer: Peer, params: Submit, descriptor: int, size_bytes: int, reply: Reply, fail: Fail
-    ) -> None:
-        self._house, self._peer, self._params = house, peer, params
+    def __init__(self, call: Call, params: Submit, descriptor: int, size_bytes: int) -> None:
+        self._call, self._params = call.followed_by(self._over), params
+        self._house, self._peer = call.house, call.peer
         self._descriptor, self._size_bytes = descriptor, size_bytes
-        self._reply, self._fail = followed_by(self._over, reply, fail)
         self._stored_bytes = 0
         self._early = early_fingerprints(size_bytes, params.options)
         self._copy: Copy | None = None  # from its admission on
@@ -143,7 +129,7 @@ class _Submission:
             size_bytes=self._size_bytes,
             progressed=lambda progress: self._grown(int(progress.done)),
             copied=self._copied,
-            refused=self._fail,
+            refused=self._call.fail,
         )
         house.copying.add(self._copy)
 
@@ -183,7 +169,7 @@ class _Submission:
             job, run = about(known)
             if params.attached:
                 house.hold(job.id, self._peer)
-            self._reply({"job": house.board.show(job, run).to_wire(), "reused": True})
+            self._call.reply({"job": self._call.show(job, run), "reused": True})
 
         def refused(error: WhisperdError) -> None:
             house.copying.settled(reading)
@@ -221,7 +207,7 @@ class _Submission:
 
     def _give_up(self, error: WhisperdError) -> None:
         close_apart([self._descriptor])
-        self._fail(error)
+        self._call.fail(error)
 
     def _copied(self, copied: Copied) -> None:
         assert self._copy is not None
@@ -230,19 +216,10 @@ class _Submission:
         except WhisperdError as error:
             self._house.copying.settled(self._copy)
             self._house.ledger.spool.remove(self._copy.folder)
-            self._fail(error)
+            self._call.fail(error)
             return
-        accept(
-            self._house,
-            self._peer,
-            self._params,
-            early=self._early[0],
-            lane=self._house.copying,
-            copy=self._copy,
-            copied=copied,
-            reply=self._reply,
-            fail=self._fail,
-        )
+        lane = self._house.copying
+        accept(self._call, self._params, early=self._early[0], lane=lane, copy=self._copy, copied=copied)
 
     def _over(self) -> None:
         self._house.submitting[self._peer.uid] -= 1

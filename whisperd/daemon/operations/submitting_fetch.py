@@ -5,55 +5,55 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from whisperd.daemon.house import House
 from whisperd.daemon.keys import fingerprints, source_key
-from whisperd.daemon.operations.accepting import Fail, Reply, options_of
+from whisperd.daemon.operations.accepting import options_of
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, NewJob, about
-from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import WhisperdError
 from whisperd.protocol.messages import Submit, source_to_wire
 
 
-def submit_fetch(house: House, peer: Peer, params: Submit, reply: Reply, fail: Fail) -> None:
-    """Handle one submit of what is to be downloaded; answers through `reply` or `fail`, once.
+def submit_fetch(call: Call, params: Submit) -> None:
+    """Handle one submit of what is to be downloaded.
 
     The key is looked up first: a retry of an accepted submit is never refused for want of room.
     """
+    house, peer, key = call.house, call.peer, params.key
     same = fingerprints([source_to_wire(params.source)], params.options)
-    new = _new_job(house, peer, params, same[0])
-    key, store = params.key, house.ledger.store
+    new, store = _new_job(call, params, same[0]), house.ledger.store
 
     def look_up() -> None:
-        house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, fail, by=peer)
+        house.ledger.read(lambda db, now: store.look_up(db, peer.uid, key, now), then, call.fail, by=peer)
 
     def then(found: tuple[Any, int]) -> None:
         row, stored_bytes = found
         if key is not None and row is not None and row["fingerprint"] not in same:
-            fail(key_conflict(key))
+            call.fail(key_conflict(key))
             return
         try:
             house.refuse_when_stopping()
         except WhisperdError as error:
-            fail(error)
+            call.fail(error)
             return
         try:
             if row is None:
                 house.admit(new.uid, new.priority, size_bytes=0, stored_bytes=stored_bytes)
         except WhisperdError as error:
             if not house.under_way.maybe_wait(peer.uid, key, look_up):
-                fail(error)
+                call.fail(error)
             return
-        _accept(house, peer, new if row is None else replace(new, fingerprint=row["fingerprint"]), reply, fail)
+        _accept(call, new if row is None else replace(new, fingerprint=row["fingerprint"]))
 
     look_up()
 
 
-def _new_job(house: House, peer: Peer, params: Submit, fingerprint: bytes) -> NewJob:
-    source, options = source_to_wire(params.source), options_of(house, params)
-    key = source_key(house.config, peer.uid, source, options, house.modelling.identity)
+def _new_job(call: Call, params: Submit, fingerprint: bytes) -> NewJob:
+    house, uid = call.house, call.peer.uid
+    source, options = source_to_wire(params.source), options_of(call, params)
+    key = source_key(house.config, uid, source, options, house.modelling.identity)
     return NewJob(
-        uid=peer.uid,
+        uid=uid,
         priority=params.priority,
         attached=params.attached,
         key=params.key,
@@ -69,7 +69,8 @@ def _new_job(house: House, peer: Peer, params: Submit, fingerprint: bytes) -> Ne
     )
 
 
-def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail) -> None:
+def _accept(call: Call, new: NewJob) -> None:
+    house = call.house
     # It takes its place of the queue now: the commit may be a while, and others are admitted meanwhile.
     house.accepting[new.uid, new.priority] += 1
     house.under_way.began(new.uid, new.key)
@@ -84,12 +85,12 @@ def _accept(house: House, peer: Peer, new: NewJob, reply: Reply, fail: Fail) -> 
         if change.reused:
             house.metrics.cache_hits += 1
         if new.attached:
-            house.hold(job.id, peer)
-        reply({"job": house.board.show(job, run).to_wire(), "reused": change.reused})
+            house.hold(job.id, call.peer)
+        call.reply({"job": call.show(job, run), "reused": change.reused})
 
     def refused(error: WhisperdError) -> None:
         over()
-        fail(error)
+        call.fail(error)
 
     store = house.ledger.store
     house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)

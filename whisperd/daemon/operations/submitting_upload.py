@@ -5,29 +5,28 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from whisperd.daemon.house import House
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import Fail, Reply, accept, early_fingerprints, followed_by, outlives_client
+from whisperd.daemon.operations.accepting import accept, early_fingerprints, outlives_client
+from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import Answer, key_conflict
 from whisperd.daemon.uploads import Upload
-from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
 from whisperd.protocol.helper_messages import Copied
 from whisperd.protocol.messages import Chunk, Submit, UploadSource
 
 
-def submit_upload(house: House, peer: Peer, request_id: int, params: Submit, reply: Reply, fail: Fail) -> None:
-    """Handle one submit whose bytes come as chunks under `request_id`; answers through `reply` or `fail`, once.
+def submit_upload(call: Call, params: Submit) -> None:
+    """Handle one submit whose bytes come as chunks under its id.
 
     Raises what can be refused at once. A known key is answered at once too: its bytes are there already.
     """
-    house.refuse_when_stopping()
+    call.house.refuse_when_stopping()
     assert isinstance(params.source, UploadSource)
-    size_bytes, most = params.source.size_bytes, house.config.max_source_bytes
+    size_bytes, most = params.source.size_bytes, call.house.config.max_source_bytes
     if size_bytes is not None and size_bytes > most:
         raise _too_large(most)
-    _UploadSubmission(house, peer, request_id, params, size_bytes, reply, fail).begin()
+    _UploadSubmission(call, params, size_bytes).begin()
 
 
 def _too_large(most: int) -> WhisperdError:
@@ -38,28 +37,19 @@ def _too_large(most: int) -> WhisperdError:
 class _UploadSubmission:
     """One upload between its checks and its answer."""
 
-    def __init__(
-        self,
-        house: House,
-        peer: Peer,
-        request_id: int,
-        params: Submit,
-        size_bytes: int | None,
-        reply: Reply,
-        fail: Fail,
-    ) -> None:
-        self._house, self._peer, self._params, self._size_bytes = house, peer, params, size_bytes
-        self._reply, self._fail = followed_by(self._over, reply, fail)
+    def __init__(self, call: Call, params: Submit, size_bytes: int | None) -> None:
+        self._call, self._params, self._size_bytes = call.followed_by(self._over), params, size_bytes
+        self._house, self._peer = call.house, call.peer
         self._stored_bytes = 0
         self._copy: Copy | None = None  # from its admission on
         self._ended = False
         self._upload = Upload(
-            house.loop,
-            peer,
-            request_id,
-            timeout_s=house.config.upload_timeout_s,
-            bytes_per_s=house.config.upload_bytes_per_s,
-            crowded=lambda: house.receiving.crowded,
+            self._house.loop,
+            call.peer,
+            call.id,
+            timeout_s=self._house.config.upload_timeout_s,
+            bytes_per_s=self._house.config.upload_bytes_per_s,
+            crowded=lambda: self._house.receiving.crowded,
             check=self._check,
             send=self._send,
             failed=self._given_up,
@@ -102,7 +92,7 @@ class _UploadSubmission:
             self._house.hold(known.job.id, self._peer)
         unwanted = bad_request(f"chunk: no bytes are wanted: the submit's key is that of job {known.job.id}")
         self._house.uploads.remove(self._peer, self._upload, unwanted)
-        self._reply({"job": self._house.board.show(known.job, known.run).to_wire(), "reused": True})
+        self._call.reply({"job": self._call.show(known.job, known.run), "reused": True})
 
     def _admit(self) -> None:
         house, size_bytes = self._house, self._size_bytes or 0
@@ -186,19 +176,10 @@ class _UploadSubmission:
             self._ended = True
             self._upload.give_up(error)
             self._house.uploads.remove(self._peer, self._upload)
-            self._fail(error)
+            self._call.fail(error)
 
     def _copied(self, copied: Copied) -> None:
         assert self._copy is not None
         self._house.uploads.remove(self._peer, self._upload)
-        accept(
-            self._house,
-            self._peer,
-            self._params,
-            early=early_fingerprints(copied.size_bytes, self._params.options)[0],
-            lane=self._house.receiving,
-            copy=self._copy,
-            copied=copied,
-            reply=self._reply,
-            fail=self._fail,
-        )
+        early, lane = early_fingerprints(copied.size_bytes, self._params.options)[0], self._house.receiving
+        accept(self._call, self._params, early=early, lane=lane, copy=self._copy, copied=copied)

@@ -23,6 +23,9 @@ from whisperd.protocol.messages import Request
 log = logging.getLogger("whisperd.server")
 
 Turn = Callable[[Callable[[], None]], object]
+# The two ways to answer a request, of which one is called, once.
+Reply = Callable[[Mapping[str, Any]], None]
+Fail = Callable[[WhisperdError], None]
 
 _READ_BYTES = 64 * 1024
 # Where no frame has begun. Small frames take several times their bytes once they are cut, and a millisecond the 64 KiB:

@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.loop import READ, Loop, Timer
-from whisperd.daemon.wire.link import Link, Peer
+from whisperd.daemon.wire.link import Fail, Link, Peer, Reply
 from whisperd.daemon.wire.listener import Listener, open_listener
 from whisperd.daemon.wire.user_budget import UserBudget
 from whisperd.protocol.channel import peer_credentials
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.messages import Request
 
-__all__ = ["Peer", "Server"]
+__all__ = ["Fail", "Peer", "Reply", "Server"]
 
 log = logging.getLogger("whisperd.server")
 
