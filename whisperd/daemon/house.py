@@ -114,7 +114,7 @@ class House:
         self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
         self.under_way = UnderWay()
         self.submitting: Counter[int] = Counter()  # by user: submits that hold a descriptor and are not answered
-        self.ledger.changed = self._changed
+        self.ledger.when_changed.append(self._changed)
 
     def _copy_lane(self, role: str, size: int, silent_s: float, env: dict[str, str]) -> CopyLane:
         return CopyLane(

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from whisperd.daemon.house import House
 from whisperd.daemon.loop import Loop, Timer
-from whisperd.daemon.store.rows import Change
 from whisperd.protocol import systemd
 from whisperd.protocol.jobs import JobState
 
@@ -29,7 +28,8 @@ class ServiceManager:
         self._pinged_at_turn = -1
         self._watchdog_s = systemd.watchdog_timeout_s(environ)
         if "NOTIFY_SOCKET" in environ:
-            self._listen()
+            house.ledger.when_changed.append(lambda change: self._changed())
+            house.modelling.when_status_changed.append(self._changed)
 
     def ready(self) -> None:
         """The database is recovered and the loop accepts: whoever was ordered after us may start."""
@@ -42,19 +42,6 @@ class ServiceManager:
         """The stop was asked for."""
         self._told = "stopping: the work under way returns to the queue"
         systemd.notify(f"STOPPING=1\nSTATUS={self._told}", self._environ)
-
-    def _listen(self) -> None:
-        house, lanes_told, model_told = self._house, self._house.ledger.changed, self._house.modelling.status_changed
-
-        def changed(change: Change) -> None:
-            lanes_told(change)
-            self._changed()
-
-        def model_changed() -> None:
-            model_told()
-            self._changed()
-
-        house.ledger.changed, house.modelling.status_changed = changed, model_changed
 
     def _changed(self) -> None:
         if self._due is None and not self._house.stopping:

@@ -80,7 +80,7 @@ class ModelLane:
         self.paused = False  # by an administrator: what is open goes on, nothing is begun
         self._freed = False  # the pause has unloaded the model, and nobody else: `resume` loads it
         self.failed = 0
-        self.status_changed: Callable[[], None] = lambda: None
+        self.when_status_changed: list[Callable[[], None]] = []
         self.left: Callable[[], None] = lambda: None  # the process has gone, or a run is settled, while all stops
         self.process.left = lambda: self.left()
 
@@ -161,7 +161,8 @@ class ModelLane:
         self.process.stop()
 
     def _status_changed(self) -> None:
-        self.status_changed()
+        for tell in self.when_status_changed:
+            tell()
         words = self.process.arrival.words
         if not words and self.state == "loading":
             words = f"loading the model {Path(self.process.status.name).name}"

@@ -53,7 +53,7 @@ class Ledger:
         self.spool = spool
         self.metrics = metrics
         self.clock = clock
-        self.changed: Callable[[Change], None] = lambda change: None  # the lanes' call, set when they are there
+        self.when_changed: list[Callable[[Change], None]] = []  # called in this order with each change that is told
 
     @property
     def full(self) -> bool:
@@ -84,7 +84,8 @@ class Ledger:
                 self.spool.remove(folder)
             self._note(change)
             self.watchers.publish(change.events)
-            self.changed(change)
+            for tell in self.when_changed:
+                tell(change)
             self.teller.look()
             then(change)
 
