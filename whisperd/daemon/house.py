@@ -101,12 +101,13 @@ class House:
             lambda freed: self._pool("fetcher", 1, config.fetch_timeout_s, env, freed), loop, config, env
         )
         self.modelling = ModelLane(loop, config, self.ledger, env, self.weights)
+        self.model = self.modelling.process  # what is to be known of the model
         self.fetching = FetchLane(
             lambda freed: self._pool("fetcher", config.fetchers, config.fetch_timeout_s, env, freed),
             self.ledger,
             loop,
             config,
-            lambda: self.modelling.identity,
+            lambda: self.model.identity,
             lambda: self.modelling.paused,
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
@@ -214,7 +215,7 @@ class House:
         pools = [lane.pool for lane in (self.copying, self.receiving, self.fetching, self.weights, self.decoding)]
 
         def look() -> None:
-            if self.modelling.helper is None and not self.modelling.active and not any(pool.helpers for pool in pools):
+            if self.model.helper is None and not self.modelling.active and not any(pool.helpers for pool in pools):
                 then()
 
         self.modelling.left = look
@@ -334,14 +335,14 @@ class House:
 
     def problems(self) -> list[str]:
         """Return what keeps the daemon from working as it should, each with what to do, or what is waited for."""
-        waited_for = (self.modelling.process.arrival.words, self.housekeeping.problem)
+        waited_for = (self.model.arrival.words, self.housekeeping.problem)
         return self._faults() + [words for words in waited_for if words]
 
     def _faults(self) -> list[str]:
         pools = (self.copying.pool.problem, self.receiving.pool.problem, self.weights.pool.problem)
         found = [self.disk.problem, *pools, self.fetching.problem, self.decoding.problem]
-        if self.modelling.state == "failed":
-            found.append(f"the model is not loaded: {self.modelling.error}")
+        if self.model.status.state == "failed":
+            found.append(f"the model is not loaded: {self.model.status.error}")
         if closing_is_stuck():
             found.append(
                 "a file system of a client does not answer, and its files cannot be closed: end what serves it (a FUSE "
@@ -349,7 +350,7 @@ class House:
             )
         if self.modelling.paused:
             found.append("an administrator has paused the queue: `whisperctl resume` goes on")
-        elif self.modelling.held and not self.stopping:
+        elif self.model.held and not self.stopping:
             found.append("an administrator has unloaded the model: `whisperctl model load` loads it again")
         return [problem for problem in found if problem]
 
@@ -357,11 +358,11 @@ class House:
         """Return the one word of `health`."""
         if self.stopping:
             return "stopping"
-        if self.modelling.paused or self.modelling.held:
+        if self.modelling.paused or self.model.held:
             return "paused"
         if self._faults():
             return "degraded"
-        return "ready" if self.modelling.state == "ready" or self.modelling.asleep else "starting"
+        return "ready" if self.model.status.state == "ready" or self.model.asleep else "starting"
 
     def health(self) -> dict[str, Any]:
         """Return the reply to `health`: memory only, so that it answers whatever else goes on."""
@@ -371,7 +372,7 @@ class House:
             "protocol": PROTOCOL_VERSION,
             "pid": os.getpid(),
             "uptime_s": self.loop.time() - self.started_at,
-            "model": self.modelling.show(),
+            "model": self.model.show(),
             "queue": {"depth": sum(self.waiting().values()), "capacity": self.config.capacity},
             "problems": self.problems(),
         }

@@ -65,14 +65,14 @@ class ServiceManager:
 
 def status_text(house: House) -> str:
     """Return one line for people: `ready: small on cuda:0; 12 waiting, 1 running`."""
-    model = house.modelling.show()
+    model = house.model.show()
     match house.status():
         case "ready":
             text = f"ready: {model['name']} " + (
                 f"on {model['device']}" if model["device"] else "unloaded until work comes"
             )
         case "starting":
-            text = house.modelling.process.arrival.words or f"loading the model {model['name']}"
+            text = house.model.arrival.words or f"loading the model {model['name']}"
         case other:
             text = "; ".join([other, *house.problems()])
     states = [job.state for job in house.board.jobs.values()]

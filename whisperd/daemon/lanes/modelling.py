@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.helpers.helper import Helper
@@ -86,45 +85,6 @@ class ModelLane:
 
     # -- what others read ----------------------------------------------------------------------------------------
 
-    def show(self) -> dict[str, Any]:
-        """Return `model` as `health` shows it."""
-        return self.process.show()
-
-    @property
-    def state(self) -> str:
-        """`unloaded`, `downloading`, `loading`, `ready` or `failed`."""
-        return self.process.status.state
-
-    @property
-    def error(self) -> str | None:
-        """Why the model did not load."""
-        return self.process.status.error
-
-    @property
-    def traits(self) -> Mapping[str, Any]:
-        """What the loaded model can do; empty until it is ready."""
-        return self.process.status.traits
-
-    @property
-    def helper(self) -> Helper | None:
-        """The helper process, while there is one."""
-        return self.process.helper
-
-    @property
-    def identity(self) -> list[Any]:
-        """What tells this model's results from another's."""
-        return self.process.identity
-
-    @property
-    def held(self) -> bool:
-        """True while an administrator has the model unloaded."""
-        return self.process.held
-
-    @property
-    def asleep(self) -> bool:
-        """True while the model is unloaded for want of work: the next job loads it."""
-        return self.process.asleep
-
     @property
     def active(self) -> int:
         """How many runs are open."""
@@ -144,7 +104,7 @@ class ModelLane:
     def pause(self, *, free_gpu: bool) -> None:
         """Begin no run any more; with `free_gpu` also give the device's memory back, as `unload` does."""
         self.paused = True
-        if free_gpu and not self.held:
+        if free_gpu and not self.process.held:
             self.unload()
             self._freed = True
 
@@ -152,7 +112,7 @@ class ModelLane:
         """Begin runs again; load the model if the pause has unloaded it."""
         self.paused = False
         freed, self._freed = self._freed, False
-        if freed and self.held:
+        if freed and self.process.held:
             self.load()
         self.pump()
 
@@ -164,7 +124,7 @@ class ModelLane:
         for tell in self.when_status_changed:
             tell()
         words = self.process.arrival.words
-        if not words and self.state == "loading":
+        if not words and self.process.status.state == "loading":
             words = f"loading the model {Path(self.process.status.name).name}"
         self._ledger.board.note_model(words)
         self._ledger.teller.look()
@@ -185,7 +145,7 @@ class ModelLane:
 
     def pump(self) -> None:
         """Start what may start; load the model for it, or unload one that has had nothing to do for long."""
-        if self.process.asleep and self.helper is None and not self.paused and self._work_waits():
+        if self.process.asleep and self.process.helper is None and not self.paused and self._work_waits():
             self.load()
         self._give_out()
         idle = self._is_idle()
@@ -226,7 +186,7 @@ class ModelLane:
                     self._cancel(run_id, open_)
 
     def _is_idle(self) -> bool:
-        return self.state == "ready" and not self._open and (self.paused or not self._work_waits())
+        return self.process.status.state == "ready" and not self._open and (self.paused or not self._work_waits())
 
     def _work_waits(self) -> bool:
         """True when audio is on hand (what is still decoded will need the model in a moment), or somebody waits for it.

@@ -51,7 +51,7 @@ def accept(call: Call, params: Submit, *, early: bytes, lane: CopyLane, copy: Co
         options=options,
         fresh=params.fresh,
         fingerprint=fingerprint_of(early, copied),
-        share_key=share_key(house.config, uid, copied.sha256, options, house.modelling.identity),
+        share_key=share_key(house.config, uid, copied.sha256, options, house.model.identity),
         folder=copy.folder,
         sha256=copied.sha256,
         size_bytes=copied.size_bytes,

@@ -68,9 +68,9 @@ def _handle_health(call: Call, params: Health) -> None:
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
-    modelling = call.house.modelling
-    if modelling.traits:  # else it is not loaded: the job is accepted, and fails later of what the model cannot do
-        check_abilities(params.options, modelling.traits, modelling.process.status.name)
+    model = call.house.model.status
+    if model.traits:  # else it is not loaded: the job is accepted, and fails later of what the model cannot do
+        check_abilities(params.options, model.traits, model.name)
     match params.source:
         case FileSource():
             submit_file(call, params)
@@ -230,7 +230,7 @@ def _handle_model(call: Call, params: Model) -> None:
         call.house.modelling.load()
     else:
         call.house.modelling.unload()
-    call.reply({"model": call.house.modelling.show()})
+    call.reply({"model": call.house.model.show()})
 
 
 def _handle_pull(call: Call, params: Pull) -> None:

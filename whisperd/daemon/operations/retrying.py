@@ -20,7 +20,7 @@ def retry(call: Call, params: Retry) -> None:
     house, job_id = call.house, params.job
     house.refuse_when_stopping()
     store, view = house.ledger.store, call.view()
-    model = list(house.modelling.identity)
+    model = list(house.model.identity)
 
     def key(job: JobRow, run: RunRow) -> bytes:
         if job.is_download:

@@ -66,7 +66,7 @@ def _collect(house: House, disk: Mapping[str, Any]) -> dict[str, Any]:
         "run_s": metrics.runs(),
         "audio": {
             "transcribed_s": metrics.transcribed_s,
-            "speed": _ratio(house.modelling.process.gauges, "audio_s", "busy_s"),
+            "speed": _ratio(house.model.gauges, "audio_s", "busy_s"),
         },
         "model": _model(house),
         "software": _software(house),
@@ -106,14 +106,14 @@ def _copies(lane: CopyLane) -> dict[str, int]:
 
 
 def _model(house: House) -> dict[str, Any]:
-    lane, process = house.modelling, house.modelling.process
-    helper, gauges = process.helper, process.gauges
+    model = house.model
+    helper, gauges = model.helper, model.gauges
     return {
-        "state": lane.state,
+        "state": model.status.state,
         "pid": None if helper is None else helper.pid,
         "rss_bytes": None if helper is None else helper.rss_bytes(),
-        "starts": process.starts,
-        "crashes": process.crashes,
+        "starts": model.starts,
+        "crashes": model.crashes,
         "windows": gauges.get("windows", 0),
         "tokens": gauges.get("tokens", 0),
         "audio_s": gauges.get("audio_s", 0.0),
@@ -134,7 +134,7 @@ def _software(house: House) -> dict[str, Any]:
     decoder = house.decoding.pool.gauges
     return {
         "python": platform.python_version(),
-        **{name: house.modelling.process.gauges.get(name) for name in _MODEL_SOFTWARE},
+        **{name: house.model.gauges.get(name) for name in _MODEL_SOFTWARE},
         "av": decoder.get("av"),
         "ffmpeg": decoder.get("ffmpeg"),
     }

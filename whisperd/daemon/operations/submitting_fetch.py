@@ -51,7 +51,7 @@ def submit_fetch(call: Call, params: Submit) -> None:
 def _new_job(call: Call, params: Submit, fingerprint: bytes) -> NewJob:
     house, uid = call.house, call.peer.uid
     source, options = source_to_wire(params.source), options_of(call, params)
-    key = source_key(house.config, uid, source, options, house.modelling.identity)
+    key = source_key(house.config, uid, source, options, house.model.identity)
     return NewJob(
         uid=uid,
         priority=params.priority,
