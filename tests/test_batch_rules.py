@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from whisperd.model.batch.pasts import Pasts, Times
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.rules import apply_rules, rules_of
 from whisperd.model.batch.search import Outcome, result_of, search_of
+from whisperd.protocol.errors import WhisperdError
 
 CPU = torch.device("cpu")
 SOME_OPTIONS: list[dict[str, Any]] = [
@@ -393,6 +395,54 @@ def test_drawn_candidates_are_those_that_upstream_draws_with_the_same_numbers(ba
     assert len(texts) > 2 * len(tasks), "candidates of one window differ"
     assert len({len(text) for text in texts}) > 1, "and are of different length"
     assert len(chosen) > 1, "not always the first is chosen"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", [None, Late], ids=["read at once", "read late as on a GPU"])
+@pytest.mark.parametrize(
+    ("suppressed", "feature", "code"),
+    [
+        ("text", 1.0, "bad_request"),  # behind the first timestamp
+        ("times", 1.0, "bad_request"),  # at the first token
+        ("nothing", float("nan"), "internal"),  # a number format that overflows
+    ],
+)
+def test_where_no_token_can_be_drawn_that_window_alone_fails_as_upstreams_does(
+    babbler: Whisper, kernels: type[Late] | None, suppressed: str, feature: float, code: str
+) -> None:
+    begin = task_of(babbler).tokenizer.timestamp_begin
+    forbidden = {"text": [*range(begin)], "times": [*range(begin, begin + 51)]}.get(suppressed)
+    options: dict[str, Any] = {"suppress_tokens": forbidden} if forbidden else {}
+    tasks = [task_of(babbler, sample_len=20), task_of(babbler, sample_len=20, temperature=0.5, best_of=2, **options)]
+    features = torch.randn(2, models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    features[1] *= feature
+    live, found = live_rows(babbler, kernels() if kernels else None), dict[int, Outcome]()
+    for owner, task in enumerate(tasks):
+        live.begin(owner, task, search_of(task, owner), features[owner])
+        found |= dict(live.step())
+    found |= dict(all_of(live))
+    wanted = DecodingTask(babbler, tasks[0].options).run(features[:1])[0]
+    assert result_of(tasks[0], found[0]).tokens == wanted.tokens
+    with pytest.raises(WhisperdError) as raised:
+        result_of(tasks[1], found[1])
+    assert raised.value.code == code
+    with pytest.raises(ValueError, match="satisfy the constraint"):
+        DecodingTask(babbler, tasks[1].options).run(features[1:])
+
+
+@torch.inference_mode()
+def test_where_a_text_may_not_end_it_goes_on_behind_the_known_end_of_speech(babbler: Whisper) -> None:
+    """Else nothing could be said there: of an end the options forbid, and of a time what is known of the speech."""
+    tokenizer = task_of(babbler).tokenizer
+    begin = tokenizer.timestamp_begin
+    ends = [*range(tokenizer.eot, begin)]
+    task = task_of(babbler, sample_len=60, temperature=0.5, best_of=8, suppress_tokens=ends)
+    live, features = live_rows(babbler), torch.randn(models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    live.begin(0, task, search_of(task, 0), features, speech_until=1)
+    ((_, outcome),) = all_of(live)
+    said = [tokens for tokens, _ in outcome.candidates]
+    assert any(second >= begin and third >= begin for tokens in said for second, third in pairwise(tokens[1:]))
+    assert result_of(task, outcome).tokens in [[*tokens] for tokens in said]
 
 
 class Remembering(SequenceRanker):

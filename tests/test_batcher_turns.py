@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import models
 from tests.held_batcher import Windows
 from tests.support import wait_until
 from whisperd.model.batch.batcher import EXIT_BROKEN, Request
@@ -114,6 +116,23 @@ def test_a_cancelled_window_ends_at_the_next_step_and_the_others_go_on(tmp_path:
     assert cancelled_at
     assert isinstance(windows.outcomes["window 1"], WhisperdError)
     assert {n: windows.outcomes[f"window {n}"] for n in (0, 2)} == {n: windows.alone(sound=n) for n in (0, 2)}
+
+
+def test_a_window_of_which_nothing_can_be_drawn_fails_alone(tmp_path: Path) -> None:
+    windows = Windows(tmp_path, windows=3)
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "impossible": {"temperature": 0.5, "suppress_tokens": [*range(models.MICRO.n_vocab)]},
+        "drawn": {"temperature": 0.4},
+    }
+    for sound, (name, options) in enumerate(kinds.items()):
+        windows.ask(name, sound=sound, **options)
+    windows.go.set()
+    windows.join()
+    error = windows.outcomes.pop("impossible")
+    assert isinstance(error, WhisperdError), error
+    assert (error.code, windows.left) == ("bad_request", [])
+    assert windows.outcomes == {"greedy": windows.alone(sound=0), "drawn": windows.alone(sound=2, **kinds["drawn"])}
 
 
 class Undroppable(LiveRows[Request]):

@@ -79,7 +79,9 @@ def _draw(log_probabilities: Tensor, wishes: Tensor) -> tuple[Tensor, Tensor]:
     total = sums[:, -1:]
     # Never the total itself: behind it nothing is likely.
     wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(sums, wanted, right=True)
+    # Where no number is one (all is forbidden, or the number format overflows) it finds a place behind the vocabulary.
+    # That fails the row's own job, once it has ended: here it would fail all, and on a GPU end the process.
+    tokens = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[-1] - 1)
     return tokens[:, 0], log_probabilities.gather(1, tokens)[:, 0]
 
 

@@ -184,7 +184,7 @@ class LiveRows(Generic[Owner]):
             rules=rules,
             no_speech=self._no_speech(prompt.logits[0], task),
             rows=rows,
-            speech_until=speech_until,
+            speech_until=speech_until if rules.may_end else 0,
         )
         slot = self._slot_of(begun)
         if slot > len(self._groups):  # the one next to the live windows is where it will be

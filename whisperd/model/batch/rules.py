@@ -30,6 +30,7 @@ class Rules:
     first: Tensor  # at the first token of a window
     later: Tensor  # at every other
     timed: bool  # False without timestamps
+    may_end: bool  # False where the end of the text itself is suppressed
     time_begin: int
     eot: int
 
@@ -58,11 +59,13 @@ def rules_of(task: DecodingTask, *, vocabulary: int, device: torch.device) -> Ru
         logits[:, tokenizer.timestamp_begin :] = _FAR_BELOW
         for logit_filter in task.logit_filters:
             logit_filter.apply(logits, torch.tensor([tokens]))
-        masks.append(torch.zeros(vocabulary).masked_fill_(logits[0].isneginf(), _NEVER).to(device))
+        masks.append(torch.zeros(vocabulary).masked_fill_(logits[0].isneginf(), _NEVER))
+    first, later = masks
     return Rules(
-        first=masks[0],
-        later=masks[1],
+        first=first.to(device),
+        later=later.to(device),
         timed=any(isinstance(each, ApplyTimestampRules) for each in task.logit_filters),
+        may_end=not later[tokenizer.eot].isneginf(),
         time_begin=tokenizer.timestamp_begin,
         eot=tokenizer.eot,
     )
@@ -122,6 +125,7 @@ def apply_rules(
     `timed` says which rows have timestamps where some have none. `speech_until` is where speech is known to end, as a
     distance from the first timestamp, 0 for rows of which it is not known. What follows from it is no rule of
     openai-whisper's: behind a segment that ends earlier the text goes on, behind one that ends later no other begins.
+    It is for rows that may end (`Rules.may_end`): others would be left without any token.
     """
     time_begin, eot = rules[0].time_begin, rules[0].eot
     if all(each is rules[0] for each in rules):

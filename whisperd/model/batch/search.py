@@ -5,6 +5,7 @@ A search only looks at numbers: the batch computes the same few for all rows of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from whisper.decoding import DecodingResult, DecodingTask
 from whisper.utils import compression_ratio
+
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -158,13 +161,19 @@ def search_of(task: DecodingTask, seed: int) -> Search:
 
 
 def result_of(task: DecodingTask, outcome: Outcome) -> DecodingResult:
-    """Return the best candidate as upstream's `DecodingTask.run` does at its end."""
+    """Return the best candidate as upstream's `DecodingTask.run` does at its end.
+
+    Raises `WhisperdError` where a token was to be drawn and none had a probability, as upstream's drawing raises
+    ValueError: `bad_request` where the options may have forbidden them all, else `internal`.
+    """
     tokenizer: Any = task.tokenizer
     texts = []
     for sequence, _ in outcome.candidates:
         end = sequence.index(tokenizer.eot) if tokenizer.eot in sequence else len(sequence)
         texts.append(list(sequence[:end]))
     sums = [score for _, score in outcome.candidates]
+    if task.options.temperature and any(map(math.isnan, sums)):
+        raise _nothing_to_draw(task)
     (chosen,) = task.sequence_ranker.rank([texts], [sums])
     tokens = texts[chosen]
     text = tokenizer.decode(tokens).strip()
@@ -177,4 +186,17 @@ def result_of(task: DecodingTask, outcome: Outcome) -> DecodingResult:
         no_speech_prob=outcome.no_speech,
         temperature=task.options.temperature,
         compression_ratio=compression_ratio(text),
+    )
+
+
+def _nothing_to_draw(task: DecodingTask) -> WhisperdError:
+    if task.options.suppress_tokens not in ("-1", "", None):
+        return WhisperdError(
+            ErrorCode.BAD_REQUEST,
+            "options: suppress_tokens leaves no token that the text could go on or end with: suppress fewer",
+        )
+    return WhisperdError(
+        ErrorCode.INTERNAL,
+        "the model's numbers are beyond its number format in this recording: have an administrator set "
+        'dtype = "float32", then submit it again',
     )
