@@ -431,6 +431,34 @@ def test_where_no_token_can_be_drawn_that_window_alone_fails_as_upstreams_does(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kernels", [None, Late], ids=["read at once", "read late as on a GPU"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_numbers_that_overflowed_are_not_those_of_whoever_comes_after(
+    kernels: type[Late] | None, dropped: bool
+) -> None:
+    """One slot has NaN of a long window; the next window in it is short, and steps beside another long one."""
+    babbler = models.babbler(layers=2)  # what the second layer keeps depends on the audio
+    end = task_of(babbler).tokenizer.eot
+    long, short = {"prompt": [900] * 90}, {"suppress_tokens": [end], "sample_len": 40}
+    tasks = [task_of(babbler, sample_len=4, **long), task_of(babbler, **short), task_of(babbler, sample_len=20, **long)]
+    features = torch.randn(len(tasks), models.MICRO.n_audio_ctx, models.MICRO.n_audio_state)
+    alone = said_alone(babbler, tasks, features)
+    features[0] = float("nan")
+    live, found = live_rows(babbler, kernels() if kernels else None, slots=3), dict[int, Outcome]()
+    for owner in (0, 1):
+        live.begin(owner, tasks[owner], search_of(tasks[owner], owner), features[owner])
+    if dropped:
+        live.drop(0)
+    while 0 in live.owners:
+        found |= dict(live.step())
+    live.begin(2, tasks[2], search_of(tasks[2], 2), features[2])
+    found |= dict(all_of(live))
+    assert (0 in found) != dropped
+    del alone[0]
+    assert_same(found, alone)
+
+
+@torch.inference_mode()
 def test_where_a_text_may_not_end_it_goes_on_behind_the_known_end_of_speech(babbler: Whisper) -> None:
     """Else nothing could be said there: of an end the options forbid, and of a time what is known of the speech."""
     tokenizer = task_of(babbler).tokenizer

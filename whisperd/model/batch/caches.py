@@ -86,6 +86,11 @@ class Cache:
             part = tensor[:, :, :length]
             part.index_copy_(0, targets, part.index_select(0, sources))
 
+    def clear(self, slot: int) -> None:
+        """Let a slot hold zeros again."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot] = 0
+
     def spread(self, source: int, targets: slice, length: int) -> None:
         """Copy the first positions of a slot to neighbouring ones."""
         if targets.start < targets.stop:

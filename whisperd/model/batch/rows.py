@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class _Group(Generic[Owner]):
     # Tokens so far, the same for all rows that go on: chosen on the device, and of these known here.
     chosen: int = 0
     said: int = 0
+    overflowed: bool = False  # there are NaN among its numbers, or may be
 
     @property
     def position(self) -> int:
@@ -217,6 +219,7 @@ class LiveRows(Generic[Owner]):
     def drop(self, owner: Owner) -> None:
         """Give up an owner's window, if it is live or being begun."""
         for group in [group for group in self._groups if group.owner is owner]:
+            group.overflowed |= group.chosen != group.said  # nobody will read it
             self._remove(group)
         for begun in [begun for begun in self._begun if begun.owner is owner]:
             self._forget(begun)
@@ -268,7 +271,9 @@ class LiveRows(Generic[Owner]):
         for group in groups:
             was = group.rows
             self.tokens += len(was)
-            group.rows, new_copies = group.search.advance(was, [offers[id(row)] for row in was])
+            offered = [offers[id(row)] for row in was]
+            group.overflowed |= any(math.isnan(scores[0]) for _, scores in offered)
+            group.rows, new_copies = group.search.advance(was, offered)
             if new_copies:
                 copies += new_copies
                 length = max(length, group.position)
@@ -325,13 +330,21 @@ class LiveRows(Generic[Owner]):
 
     def _close(self, slots: list[int]) -> None:
         for slot in sorted(slots, reverse=True):
+            if self._rows[slot][1].overflowed:
+                self._clear(slot)
             row, group = self._rows.pop()
             if slot != len(self._rows):
                 self._row_cache.copy([(row.slot, slot)], group.position)
+                if group.overflowed:
+                    self._clear(row.slot)
                 self._pasts.copy([(row.slot, slot)])
                 row.slot = slot
                 self._rows[slot] = (row, group)
         self._routing_is_stale = True
+
+    def _clear(self, slot: int) -> None:
+        """Leave no NaN for the next row: what lies behind its own end counts nothing, and that times NaN is NaN."""
+        self._row_cache.clear(slot)
 
     def _grow(self, windows: int, rows: int) -> None:
         if windows > self._window_cache.slots:
