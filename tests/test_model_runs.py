@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench.words import word_error_rate
 from tests.model_bench import Bench, all_of, check_equal, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program, speak_apart
 from whisperd.model.coverage import Coverage, length_s
+from whisperd.model.fast import windows_of
 from whisperd.model.run import clips_of
 from whisperd.model.speech import Stretch
 from whisperd.model.transcript import WORST_LOGPROB, segment_of
@@ -153,12 +155,22 @@ def test_clips_beyond_the_end_end(tiny: Bench, clips: list[float]) -> None:
         check_equal(transcript, sent, tiny.upstream("short"), words=False)
 
 
-def test_a_run_that_does_not_move_on_is_failed(tiny: Bench) -> None:
-    # The same clip three times is what a loop looks like from outside.
-    run, _ = tiny.begin("short", clip_timestamps=[0, 1, 0, 1, 0, 1, 0, 1])
-    with pytest.raises(WhisperdError, match="does not get past second 0") as raised:
+@pytest.mark.parametrize(("words", "advice"), [(True, "without word_timestamps$"), (False, "with clip_timestamps")])
+def test_a_run_that_does_not_move_on_is_failed(tiny: Bench, words: bool, advice: str) -> None:
+    """Upstream's loop stays at the end of the recording when a clip ends after it: we give it no such clip."""
+    run, _ = tiny.begin("short", temperature=0, word_timestamps=words)
+    run.order = replace(run.order, options={**run.order.options, "clip_timestamps": "0,100"})  # not parsed: not clamped
+    with pytest.raises(WhisperdError, match=f"does not get past second [45].*{advice}") as raised:
         run.transcribe()
     assert raised.value.code == "internal"
+
+
+@pytest.mark.parametrize("clips", [[0, 2, 0, 2, 0, 2, 0, 2], [0, 2, 0, 3, 0, 4]])
+def test_a_clip_may_be_asked_for_again_and_again(tiny: Bench, clips: list[float]) -> None:
+    run, sent = tiny.begin("short", temperature=0, clip_timestamps=clips)
+    upstream = tiny.upstream("short", temperature=0, clip_timestamps=clips)
+    check_equal(run.transcribe(), sent, upstream, words=False)
+    assert len(upstream["segments"]) >= 3
 
 
 @pytest.mark.parametrize(
@@ -272,6 +284,24 @@ def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:
     segments = run.transcribe().segments
     assert segments
     assert all(49.5 <= segment.start <= segment.end <= 58.5 for segment in segments)
+
+
+def test_fast_transcribes_nothing_of_what_lies_between_two_clips(tiny: Bench) -> None:
+    run, _ = tiny.begin("speech", mode="fast", temperature=0, clip_timestamps=[0, 4, 8, 12])
+    starts = [segment.start for segment in run.transcribe().segments]
+    assert not [start for start in starts if 4.5 < start < 7.5]
+    assert (min(starts) < 4, max(starts) >= 8) == (True, True), "and something of both"
+
+
+def test_windows_reach_from_no_stretch_that_was_asked_for_into_another() -> None:
+    def windows(speech: list[tuple[float, float]], asked_for: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        parts = [[Stretch(start_s=start, end_s=end) for start, end in each] for each in (speech, asked_for)]
+        return [(window.start_s, window.end_s) for window in windows_of(*parts)]
+
+    assert windows([(0, 20)], [(0, 5), (10, 15)]) == [(0, 5), (10, 15)]
+    assert windows([(1, 4), (6, 9), (11, 30), (31, 40)], [(0, 10), (12, 60)]) == [(1, 9), (12, 40)]
+    assert windows([(1, 4), (6, 9), (20, 40)], [(0, 50)]) == [(1, 9), (20, 40)], "at most 30 s"
+    assert windows([(1, 4)], [(2, 2), (10, 15)]) == []
 
 
 def test_exact_tells_on_text_without_speech_and_leaves_it(tiny: Bench, with_silence: Path) -> None:

@@ -49,13 +49,18 @@ class Unheard:
 def windows_of(speech: Sequence[Stretch], asked_for: Sequence[Stretch]) -> list[Stretch]:
     """Return windows of at most 30 s that hold all speech inside what was asked for, each ending in a silence.
 
-    `speech` is in order and without overlaps, none longer than a window; two may touch, where a long one was cut.
+    `speech` is in order and without overlaps, none longer than a window; two may touch, where a long one was cut. So is
+    `asked_for`, and no window reaches from one of its stretches into another: what lies between was not asked for.
     """
     left_out = without([Stretch(start_s=0.0, end_s=float("inf"))], asked_for)
     windows: list[Stretch] = []
+    clip = 0
     for stretch in without(speech, left_out):
-        if windows and stretch.end_s - windows[-1].start_s <= CHUNK_LENGTH:
-            windows[-1] = Stretch(start_s=windows[-1].start_s, end_s=stretch.end_s)
+        while asked_for[clip].end_s <= stretch.start_s:
+            clip += 1
+        began_s = windows[-1].start_s if windows else -1.0
+        if began_s >= asked_for[clip].start_s and stretch.end_s - began_s <= CHUNK_LENGTH:
+            windows[-1] = Stretch(start_s=began_s, end_s=stretch.end_s)
         else:
             windows.append(stretch)
     return windows

@@ -30,8 +30,9 @@ from whisperd.protocol.helper_messages import Transcribe as Order
 
 log = logging.getLogger("whisperd.model")
 
-# Upstream's loop can ask for the same window for ever (word times that do not move it on). Twice may be honest.
-MAX_SAME_WINDOW = 3
+# Upstream's loop can ask for the same window for ever (word times that do not move it on). Twice may be honest for each
+# clip that it lies in: the same stretch may be asked for again and again.
+MAX_SAME_WINDOW = 2
 
 
 class Run:
@@ -71,6 +72,7 @@ class Run:
         self._mode = str(order.options.get("mode") or "exact")
         self._window = (-1, -1)
         self._times_seen: Counter[tuple[int, int]] = Counter()
+        self._clips: list[Stretch] = []
 
     def transcribe(self) -> Transcript:
         """Do the work and return the transcript.
@@ -93,7 +95,8 @@ class Run:
             self._total_s = mel.duration_s
             journal = Journal(read_journal(self._folder / "journal", self.order.journal), self._record)
             options = upstream_options(self.order.options, content_frames=mel.content_frames)
-            asked_for = clips_of(options["clip_timestamps"], self._total_s)
+            self._clips = clips_of(options["clip_timestamps"], self._total_s)
+            asked_for = joined(self._clips)
             self._track = track = SpeechTrack(
                 self._speech,
                 mel.samples,
@@ -189,15 +192,28 @@ class Run:
 
     def _on_window(self, start: int, stop: int) -> None:
         self._times_seen[start, stop] += 1
-        if self._times_seen[start, stop] >= MAX_SAME_WINDOW:
+        if self._stands_still(start, stop):
+            advice = "without word_timestamps" if self._words else "with clip_timestamps that leave it out"
             raise WhisperdError(
                 ErrorCode.INTERNAL,
                 f"openai-whisper does not get past second {start / FRAMES_PER_SECOND:.2f} of this recording with these "
-                "options; try again without word_timestamps or hallucination_silence_threshold",
+                f"options; try again {advice}",
             )
         if self._mode == "exact":  # else windows come in any order
             self._window = (start, stop)
             self._progress(start / FRAMES_PER_SECOND)
+
+    def _stands_still(self, start: int, stop: int) -> bool:
+        """Return whether a window was asked for more often than the clips that it lies in explain."""
+        times = self._times_seen[start, stop]
+        if times <= MAX_SAME_WINDOW:
+            return False
+        holding = [
+            clip
+            for clip in self._clips
+            if round(clip.start_s * FRAMES_PER_SECOND) <= start < round(clip.end_s * FRAMES_PER_SECOND)
+        ]
+        return times > MAX_SAME_WINDOW * max(1, len(holding))
 
     def _progress(self, done_s: float) -> None:
         if done_s > self.audio_s:
@@ -208,12 +224,12 @@ class Run:
 
 
 def clips_of(clip_timestamps: str | Sequence[float], total_s: float) -> list[Stretch]:
-    """Return the stretches of the recording that `clip_timestamps` (as `upstream_options` gives it) asks for."""
+    """Return the clips that `clip_timestamps` (as `upstream_options` gives it) asks for, in the order asked."""
     times = list(map(float, clip_timestamps.split(","))) if isinstance(clip_timestamps, str) else list(clip_timestamps)
     if len(times) % 2:
         times.append(total_s)
     pairs = zip(times[::2], times[1::2], strict=True)
-    return joined(Stretch(start_s=start, end_s=max(start, end)) for start, end in pairs)
+    return [Stretch(start_s=start, end_s=max(start, end)) for start, end in pairs]
 
 
 def texts_of(segments: Sequence[Segment]) -> list[Stretch]:
