@@ -330,7 +330,8 @@ class ModelProcess:
 def model_identity(config: Config, named: Checkpoint | None) -> list[Any]:
     """Return what tells one model's results from another's: its name and type, and a file's size and age.
 
-    As of the helper's start: a file that is replaced under a loaded model does not change what that answers.
+    As of the helper's start: a file that is replaced under a loaded model does not change what that answers. The type
+    as it is set: what `auto` comes to is known once the model is loaded, and jobs are accepted before.
     """
     identity: list[Any] = [config.model, config.dtype]
     if named is not None:  # a name of the configuration's own list may come to mean another file
