@@ -137,7 +137,7 @@ def test_a_copier_that_dies_costs_its_client_nothing(
 def test_a_file_whose_reading_hangs_is_given_up(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=NO_MODEL, copy_timeout_s=1)
+    daemon = start_daemon(model=NO_MODEL, copy_timeout_s=5)
     with daemon.client() as client:
         submit(client, recording())  # by a copier that has come up: else it is not the reading that hangs
         copier_of(daemon).suspend()
