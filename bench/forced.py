@@ -136,7 +136,7 @@ def replay(choices: Choices, engine: Engine) -> list[float]:
 @torch.inference_mode()
 def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
     """Feed some windows their tokens side by side; yield the change of each choice."""
-    decoder = engine._decoder
+    decoder = engine.decoder
     row_cache, window_cache = decoder.row_cache(len(windows)), decoder.window_cache(len(windows))
     for slot, window in enumerate(windows):
         features, read_at = _features(window.mel, engine), (len(window.prompt) - 1,)
@@ -148,7 +148,7 @@ def _changes(windows: list[_Window], engine: Engine) -> Iterator[float]:
     # All that are left step; a window that is over repeats its last token, so that the others keep their slots.
     for step in range(1, max(len(window.choices) for window in windows)):
         at = [min(step, len(window.choices)) - 1 for window in windows]
-        tokens = engine._kernels.send([window.choices[n].best for window, n in zip(windows, at, strict=True)])
+        tokens = engine.kernels.send([window.choices[n].best for window, n in zip(windows, at, strict=True)])
         positions = [len(window.prompt) + n for window, n in zip(windows, at, strict=True)]
         logits = decoder.step(tokens, positions, row_cache, window_cache, None)
         for slot, window in enumerate(windows):
@@ -165,7 +165,7 @@ def _features(mel: Tensor, engine: Engine) -> Tensor:
         yield
         return features
 
-    features: Tensor = engine._batcher.call(Request(Turn(), KeptWindows().window(mel.cpu()), use=use))
+    features: Tensor = engine.batcher.call(Request(Turn(), KeptWindows().window(mel.cpu()), use=use))
     return features
 
 

@@ -39,7 +39,7 @@ class Heard:
 
 
 class Runs:
-    """Makes runs of the recordings in one spool folder, all on one engine."""
+    """Makes runs of the recordings in one spool folder, all on one engine, which is made with `engine` besides."""
 
     def __init__(
         self,
@@ -49,12 +49,13 @@ class Runs:
         on_step: Callable[[], None] = lambda: None,
         release: bool = False,
         fast_windows: int = 8,
+        **engine: Any,
     ) -> None:
         keep_freed_memory()
         substitutes.install()  # else `transcribe` reads the whole file
         self.model = model
         self.spool = spool
-        self.engine = Engine(model, on_step=on_step, release=release)
+        self.engine = Engine(model, on_step=on_step, release=release, **engine)
         self.engine.settle()
         self._fast_windows = fast_windows
         self._mel_worker, self._speech = Worker("mel"), SpeechDetector()

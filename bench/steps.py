@@ -59,7 +59,7 @@ def begin_windows(engine: Engine, windows: int) -> LiveRows[int]:
     whisper, dims = engine.model.whisper, engine.model.whisper.dims
     end = get_tokenizer(whisper.is_multilingual).eot
     options = DecodingOptions(language="en", fp16=False, suppress_tokens=[end], sample_len=60)
-    live: LiveRows[int] = LiveRows(engine._decoder, engine._kernels, windows=windows, rows=windows)
+    live: LiveRows[int] = LiveRows(engine.decoder, engine.kernels, windows=windows, rows=windows)
     features = torch.zeros(dims.n_audio_ctx, dims.n_audio_state, device=engine.model.device, dtype=engine.model.dtype)
     for owner in range(windows):
         task = DecodingTask(whisper, options)

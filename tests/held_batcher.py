@@ -13,7 +13,9 @@ from whisper.decoding import DecodingOptions
 
 from tests import models
 from tests.support import wait_until
-from whisperd.model.batch.batcher import Batcher
+from whisperd.model.batch.batcher import Request
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.engine import Engine
 from whisperd.model.loading import load
@@ -22,10 +24,28 @@ from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 OPTIONS = DecodingOptions(language="en", fp16=False, sample_len=16)
 
 
+class LikeAGpu(Kernels):
+    """Has what a step chose read late, and windows encoded beside steps, as on a GPU."""
+
+    reads_late = True
+    encodes_beside_steps = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), torch.float32)
+
+
 class Windows:
     """An engine that is held until it is let go, and looked at between any two pieces of its work."""
 
-    def __init__(self, folder: Path, *, windows: int, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        windows: int,
+        interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
+        kernels: Kernels | None = None,
+        live_rows: type[LiveRows[Request]] = LiveRows,
+    ) -> None:
         torch.set_num_threads(1)
         model = load(str(models.babbler_checkpoint(folder)), cache_dir=folder, device="cpu", dtype="auto",
                      on_step=lambda: None, environ={})  # fmt: skip
@@ -37,8 +57,8 @@ class Windows:
         self._threads: list[threading.Thread] = []
         self.left: list[int] = []  # with which status the process would have ended
         self.engine = Engine(model, on_step=self._between, windows=windows, interactive_in_a_row=interactive_in_a_row,
-                             leave=self._leave)  # fmt: skip
-        self.batcher: Batcher = self.engine._batcher
+                             leave=self._leave, kernels=kernels, live_rows=live_rows)  # fmt: skip
+        self.batcher = self.engine.batcher
         self.held = True
 
     def _between(self) -> None:

@@ -23,9 +23,9 @@ from whisperd.protocol.options import DEFAULTS, parse_options
 class Bench(Runs):
     """Runs that keep what they send, and upstream's answers to compare them with."""
 
-    def __init__(self, model: LoadedModel, spool: Path, *, release: bool = False) -> None:
+    def __init__(self, model: LoadedModel, spool: Path, *, release: bool = False, **engine: Any) -> None:
         self.on_step: Callable[[], None] = lambda: None
-        super().__init__(model, spool, on_step=lambda: self.on_step(), release=release, fast_windows=3)
+        super().__init__(model, spool, on_step=lambda: self.on_step(), release=release, fast_windows=3, **engine)
         self._upstream: dict[str, dict[str, Any]] = {}
 
     def begin(
@@ -144,8 +144,10 @@ def write_folders(spool: Path, **recordings: bytes) -> None:
         (spool / folder / "audio.pcm").write_bytes(pcm)
 
 
-def open_bench(setting: str, spool: Path) -> Bench:
+def open_bench(setting: str, spool: Path, **engine: Any) -> Bench:
     """Return the bench of a model, which computes with one thread."""
     # Two teams of threads on cores that others use too wait for each other.
     torch.set_num_threads(1)
-    return Bench(load(setting, cache_dir=spool, device="cpu", dtype="auto", on_step=lambda: None, environ={}), spool)
+    return Bench(
+        load(setting, cache_dir=spool, device="cpu", dtype="auto", on_step=lambda: None, environ={}), spool, **engine
+    )

@@ -112,7 +112,7 @@ class Watched:
         self.look: Callable[[], None] = lambda: None
         loaded = LoadedModel(whisper=model, name="random", device=CPU, dtype=torch.float32)
         self.engine = Engine(loaded, on_step=lambda: self.look(), windows=2)
-        self.batcher = self.engine._batcher
+        self.batcher = self.engine.batcher
         self.live = self.batcher._live
 
     def decode(self, turn: Turn, seed: int) -> list[int]:

@@ -18,9 +18,9 @@ import torch
 
 from bench.words import word_error_rate
 from tests.drawing import upstream_draws
+from tests.held_batcher import LikeAGpu
 from tests.model_bench import Bench, all_of, check_equal, open_bench, write_folders
 from tests.support import requires_program, speak, speak_apart, wait_until
-from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.journal import Strand
 from whisperd.model.loading import load
@@ -93,9 +93,7 @@ def test_runs_beside_each_other_say_what_upstream_says(
     tiny: Bench, names: list[str], read_late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of what is drawn: upstream draws with the same numbers. Every fourth run breaks in as an urgent one."""
-    if read_late:
-        monkeypatch.setattr(Kernels, "reads_late", True)
-        monkeypatch.setattr(Kernels, "encodes_beside_steps", True)
+    bench = Bench(tiny.model, tiny.spool, kernels=LikeAGpu()) if read_late else tiny
     seeds, seed = defaultdict[str, list[int]](list), Strand.seed
 
     def remembered(strand: Strand, question: str) -> int:
@@ -104,20 +102,20 @@ def test_runs_beside_each_other_say_what_upstream_says(
 
     monkeypatch.setattr(Strand, "seed", remembered)
     names = random.Random(len(names)).sample(names, len(names))
-    runs = [tiny.begin(folder, **options) for folder, options in map(KINDS.__getitem__, names)]
+    runs = [bench.begin(folder, **options) for folder, options in map(KINDS.__getitem__, names)]
     for run, _ in runs[3::4]:
         run.turn.interactive = True
-    counters = tiny.engine.counters
+    counters = bench.engine.counters
     steps, together = counters.steps, counters.window_steps
     beside = set[frozenset[bool]]()  # whether the windows that stepped together were urgent ones
 
     def look() -> None:
-        beside.add(frozenset(request.turn.interactive for request in tiny.engine._batcher._live.owners))
+        beside.add(frozenset(request.turn.interactive for request in bench.engine.batcher._live.owners))
 
     def arrive(n: int) -> None:
         wait_until(lambda: counters.steps >= steps + 9 * n, timeout_s=120)  # a window takes more
 
-    monkeypatch.setattr(tiny, "on_step", look)
+    monkeypatch.setattr(bench, "on_step", look)
     transcripts = all_of([run for run, _ in runs], arrive=arrive)
     assert {True, False} in beside, "urgent ones broke in"
     assert counters.window_steps - together > 1.5 * (counters.steps - steps), "they stepped together"

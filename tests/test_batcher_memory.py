@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import test_model_process as model_process
-from tests.held_batcher import Windows, window_of
+from tests.held_batcher import LikeAGpu, Windows, window_of
 from tests.model_bench import open_bench, write_folders
 from tests.support import wait_until
 from whisperd.model.batch import batcher
@@ -58,9 +58,8 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_want_of_memory_halves_the_batch_and_fails_only_what_does_not_fit_alone(
     tmp_path: Path, most: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    windows = Windows(tmp_path, windows=8)
+    windows = Windows(tmp_path, windows=8, live_rows=ShortOfMemory)
     batcher = windows.batcher
-    batcher._live.__class__ = ShortOfMemory
     batcher._live.most = most  # type: ignore[attr-defined]
     for n in range(5):
         windows.ask(f"window {n}", sound=n)
@@ -99,12 +98,10 @@ def test_wherever_memory_runs_out_each_window_is_found_once_and_right(tmp_path: 
 
         return work
 
-    windows = Windows(tmp_path, windows=4)
+    windows = Windows(tmp_path, windows=4, kernels=LikeAGpu() if late else None)
     kinds: list[dict[str, Any]] = [{}, {"beam_size": 3}, {"temperature": 0.4, "best_of": 3}, {"sample_len": 4}]
     asked = {f"window {n}": (n, {"sample_len": 16} | kinds[n % len(kinds)]) for n in range(32)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kernels, "reads_late", late)
-        patch.setattr(Kernels, "encodes_beside_steps", late)
         patch.setattr(batcher, "_WELL_WINDOWS", 1)  # so that there are many at once again soon
         taking: list[tuple[type, str, float]]
         taking = [
@@ -158,9 +155,8 @@ def test_a_job_that_does_not_fit_even_alone_fails_as_out_of_memory_and_the_next_
     spool = Path(settings["spool"])
     spool.mkdir()
     write_folders(spool, noise=np.random.default_rng(0).integers(-2000, 2000, 32_000).astype("<i2").tobytes())
-    bench = open_bench(str(micro), spool)
-    live: Any = bench.engine._batcher._live
-    live.__class__ = ShortOfMemory
+    bench = open_bench(str(micro), spool, live_rows=ShortOfMemory)
+    live: Any = bench.engine.batcher._live
     ours, theirs = socket.socketpair()
     with ours, theirs:
         link = HelperLink(Channel(theirs, max_bytes=MAX_REPLY_BYTES), {}, Watchdog())

@@ -145,8 +145,7 @@ class Undroppable(LiveRows[Request]):
 def test_a_batcher_that_fails_says_so_and_ends_its_process_and_blames_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    windows = Windows(tmp_path, windows=2)
-    windows.batcher._live.__class__ = Undroppable
+    windows = Windows(tmp_path, windows=2, live_rows=Undroppable)
     turn = windows.ask("cancelled")
     windows.ask("other", sound=1)
     windows.ask("waiting", sound=2)

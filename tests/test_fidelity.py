@@ -104,7 +104,7 @@ def test_a_decoder_that_is_a_little_off_is_seen(
     assert "0 of 1 recordings differ" in out
     assert "fidelity met: 1 windows compared; 0 recordings part" in out
     assert min(len(window.choices) for window in choices.windows) > 10
-    decoder = engines.runs.engine._decoder
+    decoder = engines.runs.engine.decoder
     logits, moved = decoder._logits, 1.2e-3 * (torch.arange(decoder.vocabulary) % 2)
     monkeypatch.setattr(decoder, "_logits", lambda x: logits(x) + moved)
     assert not engines.compare(options, Choices())

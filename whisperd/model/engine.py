@@ -36,6 +36,9 @@ class Engine:
     `windows` is how many windows of background work may be decoded at once; 0: as many as the device is good for and
     `memory_limit_mb` (of a GPU, 0 for none) leaves room for. `on_step` is called between pieces of work. `release`
     takes the weights out of `model.whisper` once they are laid out anew. `leave` is as `Batcher` has it.
+
+    `kernels` and `live_rows` stand in for what the device gets otherwise. `kernels`, `decoder` and `batcher` are to be
+    read by who measures or tests them.
     """
 
     def __init__(
@@ -48,35 +51,32 @@ class Engine:
         release: bool = False,
         interactive_in_a_row: int = INTERACTIVE_IN_A_ROW,
         leave: Callable[[int], object] = os._exit,
+        kernels: Kernels | None = None,
+        live_rows: type[LiveRows[Request]] = LiveRows,
     ) -> None:
         self.model = model
         whisper, dims = model.whisper, model.whisper.dims
-        kernels = self._kernels = Kernels(model.device, model.dtype)
+        self.kernels = kernels = kernels or Kernels(model.device, model.dtype)
         with torch.inference_mode():
             # Block by block: else the encoder would lie in memory twice for a moment.
             packed = release_weights if release else (lambda block: None)
             encoder = Encoder(whisper.encoder, kernels, heads=dims.n_audio_head, packed=packed)
             on_step()
-            self._decoder = Decoder(whisper.decoder, kernels, heads=dims.n_text_head, audio_positions=dims.n_audio_ctx)
+            self.decoder = Decoder(whisper.decoder, kernels, heads=dims.n_text_head, audio_positions=dims.n_audio_ctx)
             on_step()
             if release:
                 release_weights(whisper)
             self.windows = windows or windows_that_fit(
                 free_bytes(model.device, limit_mb=memory_limit_mb),
-                window_bytes=self._decoder.window_bytes,
-                row_bytes=self._decoder.row_bytes,
+                window_bytes=self.decoder.window_bytes,
+                row_bytes=self.decoder.row_bytes,
                 most=MOST_WINDOWS[model.device.type],
             )
-            live: LiveRows[Request] = LiveRows(
-                self._decoder,
-                kernels,
-                # One more, for interactive work.
-                windows=self.windows + 1,
-                rows=self.windows + 1,
-            )
+            # One more, for interactive work.
+            live = live_rows(self.decoder, kernels, windows=self.windows + 1, rows=self.windows + 1)
         self._limits = Limits(windows=self.windows, rows=self.windows * _ROWS_A_WINDOW)
         self._aligner = Aligner(whisper, interactive_in_a_row=interactive_in_a_row)
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             encoder,
             live,
             kernels,
@@ -85,12 +85,12 @@ class Engine:
             interactive_in_a_row=interactive_in_a_row,
             leave=leave,
         )
-        self.counters = self._batcher.counters
+        self.counters = self.batcher.counters
 
     @torch.inference_mode()
     def settle(self) -> None:
         """Make steps as fast as they get. For a thread of its own: the engine works before, and meanwhile."""
-        self._kernels.settle()
+        self.kernels.settle()
 
     def wake(self) -> None:
         """Make waiting runs look at their marks."""
@@ -133,7 +133,7 @@ class Engine:
         result = kept.result(key)
         if result is None:
             request = Request(turn, window, task=task, search=lambda: search_of(task, seed), speech_until=speech_until)
-            result = result_of(task, self._batcher.call(request))
+            result = result_of(task, self.batcher.call(request))
             turn.had_window(len(result.tokens))
             kept.remember(key, result)
         else:
@@ -144,9 +144,9 @@ class Engine:
         """Return upstream's answer: the language's token and the probability of each language's code."""
 
         def use(features: torch.Tensor) -> Pieces[tuple[torch.Tensor, dict[str, float]]]:
-            return language_of(features, self.model.whisper, self._decoder)
+            return language_of(features, self.model.whisper, self.decoder)
 
-        answer: tuple[torch.Tensor, dict[str, float]] = self._batcher.call(Request(turn, window, use=use))
+        answer: tuple[torch.Tensor, dict[str, float]] = self.batcher.call(Request(turn, window, use=use))
         return answer
 
     def align(
@@ -157,10 +157,10 @@ class Engine:
             return []
 
         def use(features: torch.Tensor) -> Pieces[Reading]:
-            return self._aligner.read(tokenizer, text_tokens, features, self._decoder)
+            return self._aligner.read(tokenizer, text_tokens, features, self.decoder)
 
         with self._aligner.places.taken(turn):
-            reading = self._batcher.call(Request(turn, window, use=use))
+            reading = self.batcher.call(Request(turn, window, use=use))
             return self._aligner.align(turn, reading, tokenizer, text_tokens, num_frames, **options)
 
 

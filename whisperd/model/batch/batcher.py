@@ -30,6 +30,7 @@ log = logging.getLogger("whisperd.model")
 
 # The process ends with this when what it has on the device is lost: a new one begins all of it anew.
 EXIT_BROKEN = 70
+_WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, and what was cut off begins anew
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,9 +111,6 @@ class Limits:
             self.windows, self.rows = min(self.windows * 2, self._most[0]), min(self.rows * 2, self._most[1])
             self._well = 0
             log.info("model: more is decoded at once again windows=%d rows=%d", self.windows, self.rows)
-
-
-_WELL_WINDOWS = 200  # a minute's work of a GPU: to run out again costs a step, and what was cut off begins anew
 
 
 class Batcher:

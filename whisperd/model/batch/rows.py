@@ -20,6 +20,8 @@ from whisperd.model.batch.replays import Replays
 from whisperd.model.batch.rules import Rules, apply_rules, key_of, rules_of
 from whisperd.model.batch.search import Outcome, Row, Search
 
+_KNOWN_RULES = 16  # kinds of options whose rules are kept (0.4 MB each)
+
 Owner = TypeVar("Owner")
 
 
@@ -388,6 +390,3 @@ class LiveRows(Generic[Owner]):
         while len(self._known_rules) > _KNOWN_RULES:
             del self._known_rules[next(iter(self._known_rules))]
         return rules
-
-
-_KNOWN_RULES = 16  # kinds of options whose rules are kept (0.4 MB each)

@@ -26,6 +26,10 @@ from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Places, Turn, Worker
 
 log = logging.getLogger("whisperd.model")
 
+# In the background: one is aligned, others are ready or under way. Where the model's file names no alignment heads,
+# half of all are: 450 MB a window of large-v3.
+_MOST_READINGS = 4
+
 
 class _OfLanguages:
     """Asked by `detect_language` for the logits behind its one token, which were computed before."""
@@ -139,11 +143,6 @@ def compile_alignment() -> None:
         for function in compiled:
             function._cache.disable()
         dtw(torch.rand(3, 4))
-
-
-# In the background: one is aligned, others are ready or under way. Where the model's file names no alignment heads,
-# half of all are: 450 MB a window of large-v3.
-_MOST_READINGS = 4
 
 
 class Aligner:
