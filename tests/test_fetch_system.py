@@ -296,6 +296,21 @@ def test_an_outage_fails_no_download(start_daemon: Callable[..., Daemon], micro:
             assert client.call("health")["problems"] == []
 
 
+def test_who_waits_is_told_after_the_usual_tries_also_in_an_outage(
+    start_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path
+) -> None:
+    with serving(write_noise(tmp_path / "talk.wav", 5)) as server:
+        port = server.port  # nobody listens there
+    daemon = start_daemon(model=str(micro), ready=True, fetchers=4, **SETTINGS)
+    with daemon.client() as client:
+        others = [fetch(client, f"http://127.0.0.1:{port}/{number}.wav") for number in range(2)]
+        urgent = [fetch(client, f"http://127.0.0.1:{port}/urgent-{n}.wav", priority="interactive") for n in range(2)]
+        for job in urgent:
+            assert ended(client, job)["error"]["code"] == "fetch_failed"
+            assert states(client, job).count("fetching") == 4
+        assert {state(client, job) for job in others} <= {"pending", "fetching"}
+
+
 def test_addresses_that_fail_while_others_succeed_are_given_up(client: RawClient, server: MediaServer) -> None:
     dead = [fetch(client, server.url(f"status/503/{number}.wav")) for number in range(2)]
     for number in range(100):  # each of them is tried four times, or a few more

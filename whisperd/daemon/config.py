@@ -269,8 +269,9 @@ class Config:
     )
     fetch_backoff_s: float = _setting(
         10.0,
-        "Seconds before a download that failed for the moment is tried again; three times, tripling. Where several "
-        "fail in a row and none succeeds, all rest so, up to ten minutes at a time, and a day long no failure counts.",
+        "Seconds before a download that failed for the moment is tried again; three times, tripling. Where several of "
+        "the background fail in a row and none succeeds, all of it rests so, up to ten minutes at a time, and for two "
+        "hours no failure counts.",
         low=0.01,
     )
     fetch_rest_s: float = _setting(

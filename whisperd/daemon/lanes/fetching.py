@@ -26,9 +26,9 @@ from whisperd.protocol.jobs import Priority
 log = logging.getLogger("whisperd.lanes")
 
 _BACKOFF_FACTOR = 3
-# While nothing can be had at all: the longest rest between two looks, and after how many (a day) failures count again.
+# While nothing can be had: the longest rest between two looks, and after how many (two hours) failures count again.
 _MAX_OUTAGE_REST_S = 600.0
-_MAX_OUTAGE_RESTS = 150
+_MAX_OUTAGE_RESTS = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +105,11 @@ class FetchLane(RunLane):
         return tuple(Priority) if roomy and self._rest is None else (Priority.INTERACTIVE,)
 
     def _may_start(self, run_id: int) -> bool:
-        waits = self._rest is not None and run_id in self._failing
+        waits = self._rest is not None and run_id in self._failing and not self._is_urgent(run_id)
         return not waits and run_id not in self._backing_off
+
+    def _is_urgent(self, run_id: int) -> bool:
+        return self._ledger.board.priority(run_id) is Priority.INTERACTIVE
 
     def _start(self, active: Active) -> None:
         row, store, folder = active.live.row, self._ledger.store, self._ledger.spool.new_folder()
@@ -219,10 +222,15 @@ class FetchLane(RunLane):
             )
 
     def _in_vain(self, run_id: int, error: WhisperdError, delay_s: float) -> None:
-        """A try has failed, and the next may do better. Of several in a row that is no fault of theirs: all rest."""
-        if run_id in self._ledger.board.runs:  # else it was cancelled meanwhile
+        """A try has failed, and the next may do better. Of several in a row that is no fault of theirs: all rest.
+
+        But not what somebody waits for: he is told after the usual tries.
+        """
+        lives = run_id in self._ledger.board.runs  # else it was cancelled meanwhile
+        if lives:
             self._failing.add(run_id)
-        if len(self._failing) < 2 or self._outage_rests == _MAX_OUTAGE_RESTS:
+        alone = len(self._failing) < 2 or self._outage_rests == _MAX_OUTAGE_RESTS
+        if alone or (lives and self._is_urgent(run_id)):
             self._back_off(run_id, delay_s)
             self._try_again(run_id, error, f"trying again in {delay_s:.0f} s: {error.message}")
             return
