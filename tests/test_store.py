@@ -625,6 +625,28 @@ def test_a_migration_without_room_for_a_backup_changes_nothing(tmp_path: Path) -
         open_database(path).close()
 
 
+def test_a_database_of_version_3_still_opens(tmp_path: Path) -> None:
+    shutil.copyfile(Path(__file__).with_name("data") / "queue-v3.sqlite3", tmp_path / "queue.sqlite3")
+    old = Book(tmp_path)
+    old.now = 40_000.0
+    live, named = old.run(lambda db: STORE.recover(db, old.now))
+    assert [(job.id, job.state) for job in live.jobs] == [(3, JobState.QUEUED)]
+    assert len(named) == 1
+    old.run(lambda db: STORE.start(db, 3, old.now, "model"))
+    assert old.journal(3) == [b"a", b"b"]
+    assert old.story(3) == ["queued", "running", "half", "queued", "running"]
+    assert job_of(old.accept(key="done")).id == 1
+    with pytest.raises(WhisperdError) as gone:
+        old.accept(key="gone")
+    assert gone.value.code == "not_found"
+    old.now = 200_000.0
+    old.run(lambda db: STORE.housekeep(db, old.now))
+    assert not old.accept(key="gone").reused
+    search = "EXPLAIN QUERY PLAN SELECT uid, key FROM keys WHERE expires_at <= ? LIMIT ?"
+    plan = old.run(lambda db: db.execute(search, (0, 1)).fetchall())
+    assert "keys_expires" in plan[0][3], "not all keys are looked at each minute"
+
+
 def test_a_database_of_version_2_still_opens(tmp_path: Path) -> None:
     shutil.copyfile(Path(__file__).with_name("data") / "queue-v2.sqlite3", tmp_path / "queue.sqlite3")
     old = Book(tmp_path)

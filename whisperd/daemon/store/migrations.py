@@ -109,4 +109,8 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE runs ADD COLUMN suspicion INTEGER NOT NULL DEFAULT 0; -- model processes that died in its presence
     UPDATE runs SET edition = starts;
     """,
+    """
+    -- Each minute those whose time is over are looked for: without this, in all of them (21 ms in 100,000).
+    CREATE INDEX keys_expires ON keys (expires_at) WHERE expires_at IS NOT NULL;
+    """,
 )
