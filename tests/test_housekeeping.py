@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,15 +141,23 @@ def test_a_doubt_outlives_a_weekend_and_no_other_jump(clocks: Clocks) -> None:
     assert doubt.stood_s == pytest.approx(5 * HOUR_S), "the year after is another date, and begins anew"
 
 
-def test_a_daemon_that_starts_years_later_keeps_what_would_be_too_old(
+def with_an_ended_job(
     make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
-) -> None:
+) -> tuple[Daemon, dict[str, Any]]:
+    """Return a stopped daemon that keeps ended jobs for no time, and the one that it has."""
     daemon = make_daemon(model=NO_MODEL, retention_days=0)
     daemon.start()
     with daemon.client() as client:
         job = submit(client, recording())
         client.call("cancel", job=job["id"])
     assert daemon.stop() == 0
+    return daemon, job
+
+
+def test_a_daemon_that_starts_years_later_keeps_what_would_be_too_old(
+    make_daemon: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    daemon, job = with_an_ended_job(make_daemon, recording)
     mark = daemon.state_dir / "whisperd.lock"
     mark.touch()
     shift_date(mark, -3 * YEAR_S)
@@ -164,12 +173,7 @@ def test_a_daemon_that_starts_years_later_keeps_what_would_be_too_old(
 
 
 def test_a_doubt_goes_on_after_a_restart(make_daemon: Callable[..., Daemon], recording: Callable[..., Path]) -> None:
-    daemon = make_daemon(model=NO_MODEL, retention_days=0)
-    daemon.start()
-    with daemon.client() as client:
-        job = submit(client, recording())
-        client.call("cancel", job=job["id"])
-    assert daemon.stop() == 0
+    daemon, _ = with_an_ended_job(make_daemon, recording)
     mark, kept = daemon.state_dir / "whisperd.lock", daemon.state_dir / "whisperd.doubt"
     mark.touch()
     shift_date(mark, -3 * YEAR_S)

@@ -23,6 +23,7 @@ from typing import Any
 from whisperd.protocol.catalogue import HOME_URL, catalogue
 from whisperd.protocol.frames import MAX_REPLY_BYTES
 from whisperd.protocol.logs import LEVELS
+from whisperd.protocol.options import MODES
 from whisperd.protocol.paths import Paths
 
 log = logging.getLogger("whisperd.config")
@@ -126,7 +127,7 @@ class Config:
     mode: str = _setting(
         "exact",
         "For submits that do not say: `exact` is openai-whisper's text, `fast` decodes windows beside each other.",
-        choices=("exact", "fast"),
+        choices=MODES,
     )
     fast_windows: int = _setting(
         8, "How many windows of one recording are decoded together in mode `fast`.", low=1, high=64
