@@ -84,13 +84,18 @@ def test_submits_of_one_key_hold_a_bounded_number_of_descriptors(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
     daemon = start_daemon(model=NO_MODEL, socket_mode="0666", copiers=1, capacity=6)
-    with client_as(daemon, 20_001) as client, recording().open("rb") as file:
+    with client_as(daemon, 20_001) as client, daemon.client() as root, recording().open("rb") as file:
         params = {"source": {"kind": "fd", "name": "talk"}, "key": "one", "descriptors": [file.fileno()]}
         job = client.call("submit", **params)["job"]
+        root.call("pause")  # no download begins
         copier = held_copier(daemon)
         ids = [client.send("submit", **params) for _ in range(8)]
         refused = [client.reply(number)["error"]["code"] for number in ids[6:]]
         assert refused == ["quota_exceeded"] * 2, "three places in six are one user's, and each may be asked for again"
+        client.call("jobs")  # asks the store, after it was asked for the key
+        assert root.call("health")["queue"]["depth"] == 1, "what is only compared takes no place"
+        with client_as(daemon, 20_002) as other:
+            assert other.call("submit", source={"kind": "video", "id": "dQw4w9WgXcQ"})["job"]["state"] == "pending"
         copier.resume()
         assert [client.reply(number)["result"]["job"]["id"] for number in ids[:6]] == [job["id"]] * 6
         assert client.call("submit", **params)["job"]["id"] == job["id"]

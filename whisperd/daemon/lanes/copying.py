@@ -104,8 +104,9 @@ class CopyLane:
         return bool(self._ready())
 
     def counts(self) -> Counter[tuple[int, Priority]]:
-        """Return how many copies wait or run, by user and priority: each is a job to be."""
-        return Counter((copy.uid, copy.priority) for copy in (*self._copies.values(), *self._committing.values()))
+        """Return how many copies wait or run, by user and priority: each is a job to be. What is only read is not."""
+        copies = (*self._copies.values(), *self._committing.values())
+        return Counter((copy.uid, copy.priority) for copy in copies if copy.keep)
 
     def bytes_of(self, uid: int) -> int:
         """Return how many bytes a user's copies will take in the spool."""
