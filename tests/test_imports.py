@@ -125,6 +125,20 @@ def test_inside_a_room_imports_run_one_way_too(package: str) -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def test_the_daemons_rooms_know_only_those_before_them() -> None:
+    """In the order of docs/architecture.md, row by row and within a row."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    table = page.partition("| in `whisperd/daemon/` |")[2].partition("\n\n")[0]
+    order = re.findall(r"`(\w+)/?`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert len(order) == len(set(order))
+    for path in SOURCES:
+        name = module_name(path).split(".")
+        if name[:2] == ["whisperd", "daemon"] and len(name) > 2:
+            known = order[: order.index(name[2]) + 1]
+            for other in (module.split(".") for module in imports(path)):
+                assert other[:2] != name[:2] or other[2] in known, f"{path} imports {other}"
+
+
 def loaded(statement: str) -> set[str]:
     """Return the modules that a fresh Python has loaded after a statement."""
     script = f"{statement}\nimport sys\nprint(*sys.modules)"
