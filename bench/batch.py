@@ -2,7 +2,8 @@
 
 `python -m bench.batch [MODEL] [--minutes M] [--text FILE] [--option NAME=VALUE ...] [--gaps]` also serves as
 `make fidelity`: with `--gaps` it tells what differs, how near upstream's own choices were, by how much ours moves them,
-and whether that meets the criterion (`bench.fidelity`), which is about greedy windows in float32.
+and whether that meets the criterion (`bench.fidelity`), which is about greedy windows in float32. With `--dtype
+bfloat16` or `float16` it judges by the word error rate instead, on a processor without them by rounding.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 import argparse
 import ast
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,38 @@ import msgpack
 import torch
 import whisper
 
-from bench.fidelity import Answer, Comparison, compare, verdict
+from bench.fidelity import Answer, Comparison, compare, reduced_verdict, verdict
 from bench.forced import Choices, answer_in, describe, replay
 from bench.recordings import TEXT, Spoken, speak_sentences
+from bench.reduced import is_reduced, load_as
 from bench.runs import Heard, Runs, at_once
 from bench.upstream import answer_of, arguments_of
-from bench.words import word_error_rate
-from whisperd.model.loading import LoadedModel, load
+from bench.words import word_error_rate, words
 from whisperd.protocol.helper_messages import HelperMessage, JournalEntry
 
 _LENGTHS_S = (51, 85, 64, 72, 58, 79, 68, 60)
 
 
-class Engines:
-    """Both engines on one set of weights, and a spool of recordings."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What openai-whisper made of the recordings, in float32 on the CPU, and what it answered on the way."""
 
-    def __init__(self, setting: str, folder: Path, recordings: Sequence[Spoken], *, dtype: str = "auto") -> None:
-        self.upstream = _load(setting, folder, "auto").whisper
-        self.runs = Runs(_load(setting, folder, dtype), folder)
+    options: dict[str, Any]
+    heard: Heard
+    results: list[dict[str, Any]]
+    choices: Choices
+
+
+class Engines:
+    """Both engines on one set of weights, and a spool of recordings. `device` and `dtype` are ours."""
+
+    def __init__(
+        self, setting: str, folder: Path, recordings: Sequence[Spoken], *, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        self.upstream = load_as(setting, folder, device="cpu", dtype="float32")[0].whisper
+        model, kernels = load_as(setting, folder, device=device, dtype=dtype)
+        self._rounds = kernels is not None
+        self.runs = Runs(model, folder, kernels=kernels)
         self._names = [str(number) for number in range(len(recordings))]
         self._text = " ".join(each.text for each in recordings)
         self.audio_s = sum(each.length_s for each in recordings)
@@ -50,34 +64,75 @@ class Engines:
     def compare(self, options: dict[str, Any], choices: Choices | None = None) -> bool:
         """Let upstream transcribe them one after the other, then ours all at once; print both.
 
-        True when equal, or, given `choices`, where upstream's go, when the criterion is met.
+        True when equal; or, given `choices`, where upstream's go, when the criterion is met; where ours computes in
+        fewer bits, when that one's is.
         """
+        return self.judge(self.reference(options, choices))[0]
+
+    def reference(self, options: dict[str, Any], choices: Choices | None = None) -> Reference:
+        """Let upstream transcribe them, and print how it did."""
+        choices = choices or Choices(gaps=False)
         began = time.perf_counter()
         arguments = arguments_of(options)
         results = []
         for name in self._names:
-            with choices.listening(name) if choices else nullcontext():
+            with choices.listening(name):
                 results.append(whisper.transcribe(self.upstream, self.runs.samples(name), **arguments))
-        theirs = Heard(wall_s=time.perf_counter() - began, **answer_of(results))
-        print(f"openai-whisper: {self._line(theirs)}", flush=True)
+        heard = Heard(wall_s=time.perf_counter() - began, **answer_of(results))
+        print(f"openai-whisper: {self._line(heard)}", flush=True)
+        return Reference(options=options, heard=heard, results=results, choices=choices)
+
+    def judge(self, reference: Reference) -> tuple[bool, str]:
+        """Let ours transcribe them at once; print how it did. Return as `compare`, and the line that says why."""
+        theirs, results = reference.heard, reference.results
         answers: dict[str, list[Answer]] = {name: [] for name in self._names}
-        ours = at_once(self.runs, self._names, options, send=lambda name, message: answers[name].extend(_said(message)))
-        print(f"whisperd:       {self._line(ours)}; {theirs.wall_s / ours.wall_s:.2f} times as fast", flush=True)
+        ours = at_once(
+            self.runs,
+            self._names,
+            reference.options,
+            send=lambda name, message: answers[name].extend(_said(message)),
+        )
+        times = f"{theirs.wall_s / ours.wall_s:.2f} times as fast"
+        if self._rounds:
+            times = f"in {self.runs.model.dtype_name} by rounding, so its time says nothing"
+        print(f"whisperd:       {self._line(ours)}; {times}", flush=True)
         differ = [name for name, one, other in zip(self._names, ours.said, theirs.said, strict=True) if one != other]
         for name in differ:
             print(f"recording {name} differs: {_first_difference(results[int(name)], ours.said[int(name)])}")
         segments, equal = _equal_segments(ours, theirs)
         warm = sum(segment["temperature"] > 0 for result in results for segment in result["segments"])
-        print(
+        line = (
             f"{len(differ)} of {len(self._names)} recordings differ; {equal} of {segments} segments are equal; "
             f"{warm} segments were tried again above temperature 0 (drawn: they differ)"
         )
-        return self._judge(choices, answers, differ, arguments) if choices else not differ
+        print(line)
+        choices = reference.choices
+        changes = replay(choices, self.runs.engine) if choices.gaps else []
+        if changes:
+            print(describe(choices, changes))
+        if is_reduced(self.runs.model):
+            met, line = reduced_verdict(
+                [choices.answers[name] for name in self._names],
+                [answers[name] for name in self._names],
+                errors=(self._error_percent(theirs), self._error_percent(ours)),
+                words=len(words(self._text)),
+            )
+        elif choices.gaps:
+            met, line = self._verdict(choices, answers, differ, arguments_of(reference.options), changes)
+        else:
+            return not differ, line
+        print(line)
+        return met, line
 
-    def _judge(
-        self, choices: Choices, answers: dict[str, list[Answer]], differ: list[str], arguments: dict[str, Any]
-    ) -> bool:
-        """Print how upstream's answers and ours compare; return whether the criterion is met."""
+    def _verdict(
+        self,
+        choices: Choices,
+        answers: dict[str, list[Answer]],
+        differ: list[str],
+        arguments: dict[str, Any],
+        changes: Sequence[float],
+    ) -> tuple[bool, str]:
+        """Return whether float32's criterion is met; print where recordings part."""
         limits = (arguments["logprob_threshold"], arguments["no_speech_threshold"])
         logprob, no_speech = (math.inf if limit is None else float(limit) for limit in limits)
         comparisons: list[Comparison] = []
@@ -88,23 +143,16 @@ class Engines:
             if found.difference:
                 print(f"recording {name}, {'near-tie' if found.near else 'no near-tie'}: {found.difference}")
             comparisons.append(found)
-        changes = replay(choices, self.runs.engine)
-        if changes:
-            print(describe(choices, changes))
-        met, line = verdict(comparisons, changes)
-        print(line)
-        return met
+        return verdict(comparisons, changes)
+
+    def _error_percent(self, heard: Heard) -> float:
+        return 100 * word_error_rate(self._text, " ".join(heard.texts))
 
     def _line(self, heard: Heard) -> str:
-        errors = 100 * word_error_rate(self._text, " ".join(heard.texts))
         return (
             f"{self.audio_s / heard.wall_s:.1f} s of audio a second, {heard.windows} windows, {heard.tokens} tokens, "
-            f"WER {errors:.2f} %"
+            f"WER {self._error_percent(heard):.2f} %"
         )
-
-
-def _load(setting: str, folder: Path, dtype: str) -> LoadedModel:
-    return load(setting, cache_dir=folder, device="auto", dtype=dtype, on_step=lambda: None, environ=os.environ)
 
 
 def _said(message: HelperMessage) -> Iterator[Answer]:
@@ -142,7 +190,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="length of each; 0: 51 to 85 seconds")
     parser.add_argument("--text", type=Path, default=TEXT, help="an English text that is spoken; part of Alice")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="auto", help="the engine's; upstream computes in float32")
+    parser.add_argument("--dtype", default="auto", help="the engine's: auto, float32, bfloat16 or float16")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of a transcription")
     parser.add_argument("--gaps", action="store_true", help="judge by how near upstream's choices were (slows it)")
     arguments = parser.parse_args()

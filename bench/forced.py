@@ -73,9 +73,10 @@ class _Window:
 
 
 class Choices:
-    """All that openai-whisper answered, and every token that it chose greedily."""
+    """All that openai-whisper answered and, with `gaps`, every token that it chose greedily, which slows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gaps: bool = True) -> None:
+        self.gaps = gaps
         self.answers: dict[str, list[Answer]] = {}  # by recording, try by try
         self.windows: list[_Window] = []  # greedy ones
 
@@ -89,7 +90,7 @@ class Choices:
         def listening_run(task: DecodingTask, mel: Tensor) -> Any:
             nonlocal window
             window = None
-            if task.options.temperature == 0 and task.options.beam_size is None:
+            if self.gaps and task.options.temperature == 0 and task.options.beam_size is None:
                 window = _Window(mel=mel[0], prompt=list(task.initial_tokens), filters=task.logit_filters)
                 self.windows.append(window)
             (result,) = run(task, mel)

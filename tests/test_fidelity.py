@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.batch import Engines
-from bench.fidelity import Answer, compare, verdict
+from bench.fidelity import Answer, compare, reduced_verdict, verdict
 from bench.forced import Choices
 from bench.recordings import RATE, Spoken
 
@@ -79,9 +79,10 @@ def test_near_ties_are_counted() -> None:
     equal, parted = ([SAID] * 100, [OURS] * 100), ([SAID], [other([5, 9, 7])])
     assert judge(parted)[0], "one alone is no rate"
     assert not judge(equal, parted, parted)[0]
-    assert judge(*[equal] * 20, parted, parted)[0]
-    _, line = judge(*[equal] * 20, parted, parted)
-    assert "2002 windows compared; 2 recordings part at a near-tie of openai-whisper's own, 0 elsewhere" in line
+    assert not judge(*[equal] * 19, parted, parted)[0]
+    met, line = judge(*[equal] * 20, parted, parted)
+    assert met
+    assert "2002 windows compared; 2 recordings part at a near-tie of openai-whisper's own (allowed: 2), 0" in line
 
 
 @pytest.mark.parametrize(("change", "met"), [(9e-4, True), (1.1e-3, False), (math.nan, False)])
@@ -110,4 +111,50 @@ def test_a_decoder_that_is_a_little_off_is_seen(
     assert not engines.compare(options, Choices())
     out = capsys.readouterr().out
     assert "0 of 1 recordings differ" in out
-    assert "fidelity MISSED: 1 windows compared; 0 recordings part at a near-tie of openai-whisper's own, 0 else" in out
+    assert "fidelity MISSED: 1 windows compared; 0 recordings part at a near-tie of openai-whisper's own (" in out
+
+
+@pytest.mark.parametrize(
+    ("errors", "ours", "met", "windows"),
+    [
+        ((5.4, 5.55), [OURS, OURS], True, "2 of 2 windows (100%)"),
+        ((5.4, 5.55), [other([1]), OURS], True, "1 of 2 windows (50%)"),
+        ((5.4, 5.55), [OURS, other([1]), OURS], True, "2 of 2"),  # one between them
+        ((5.4, 5.55), [other([1]), replace(WARM, tokens=[5, 6, 7]), OURS], True, "2 of 2"),  # what it was left with
+        ((5.4, 5.55), [OURS, WARM, OURS], True, "2 of 2"),
+        ((5.4, 5.55), [replace(OURS, tokens=[8]), replace(WARM, tokens=[9])], True, "0 of 2"),
+        ((5.4, 5.61), [OURS, OURS], False, "2 of 2"),
+        ((5.4, 5.19), [OURS, OURS], False, "2 of 2"),  # other words all the same
+        ((5.4, math.nan), [OURS, OURS], False, "2 of 2"),
+    ],
+)
+def test_in_fewer_bits_the_word_error_rate_decides(
+    errors: tuple[float, float], ours: list[Answer], met: bool, windows: str
+) -> None:
+    found, line = reduced_verdict([[SAID, SAID]], [ours], errors=errors, words=100)
+    assert found is met
+    assert windows in line
+
+
+def test_fewer_bits_are_not_judged_by_float32s_criterion(
+    tmp_path: Path, micro: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a processor without them too. The micro model's words are far apart; its gaps move by more than 1e-3."""
+    torch.set_num_threads(1)
+    pcm = (torch.randn(4 * RATE, generator=torch.Generator().manual_seed(4)) * 3000).short().numpy().tobytes()
+    engines = Engines(str(micro), tmp_path, [Spoken(pcm=pcm, text="")], device="cpu", dtype="bfloat16")
+    reference = engines.reference({"temperature": 0.0, "no_speech_threshold": None}, Choices())
+    met, line = engines.judge(reference)
+    assert met
+    assert "1 of 1 windows (100%) have the same tokens" in line
+    out = capsys.readouterr().out
+    assert "our gaps differ by at most" in out
+    assert "above 1e-3: 0)" not in out
+    assert "fidelity" not in out
+    decoder = engines.runs.engine.decoder
+    logits = decoder._logits
+    monkeypatch.setattr(decoder, "_logits", lambda x: -logits(x))
+    reference.choices.gaps = False
+    met, line = engines.judge(reference)
+    assert not met
+    assert "0 of 1 windows (0%) have the same tokens" in line
