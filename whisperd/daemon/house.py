@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from whisperd import __version__
 from whisperd.daemon.admission import Applicant, check_admission, check_room, places_per_user
 from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.lanes.copying import CopyLane
@@ -36,9 +34,7 @@ from whisperd.daemon.store.rows import Change
 from whisperd.daemon.underway import UnderWay
 from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers
-from whisperd.daemon.wire.descriptors import closing_is_stuck
 from whisperd.daemon.wire.server import Peer
-from whisperd.protocol import PROTOCOL_VERSION
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Priority
 from whisperd.protocol.systemd import child_environment
@@ -332,47 +328,3 @@ class House:
             size_bytes=size_bytes,
             spool_bytes=stored_bytes + self.copying.bytes_of(uid) + self.receiving.bytes_of(uid),
         )
-
-    def problems(self) -> list[str]:
-        """Return what keeps the daemon from working as it should, each with what to do, or what is waited for."""
-        waited_for = (self.model.arrival.words, self.housekeeping.problem)
-        return self._faults() + [words for words in waited_for if words]
-
-    def _faults(self) -> list[str]:
-        pools = (self.copying.pool.problem, self.receiving.pool.problem, self.weights.pool.problem)
-        found = [self.disk.problem, *pools, self.fetching.problem, self.decoding.problem]
-        if self.model.status.state == "failed":
-            found.append(f"the model is not loaded: {self.model.status.error}")
-        if closing_is_stuck():
-            found.append(
-                "a file system of a client does not answer, and its files cannot be closed: end what serves it (a FUSE "
-                "mount, a lost server); until then recordings are taken as uploads only"
-            )
-        if self.modelling.paused:
-            found.append("an administrator has paused the queue: `whisperctl resume` goes on")
-        elif self.model.held and not self.stopping:
-            found.append("an administrator has unloaded the model: `whisperctl model load` loads it again")
-        return [problem for problem in found if problem]
-
-    def status(self) -> str:
-        """Return the one word of `health`."""
-        if self.stopping:
-            return "stopping"
-        if self.modelling.paused or self.model.held:
-            return "paused"
-        if self._faults():
-            return "degraded"
-        return "ready" if self.model.status.state == "ready" or self.model.asleep else "starting"
-
-    def health(self) -> dict[str, Any]:
-        """Return the reply to `health`: memory only, so that it answers whatever else goes on."""
-        return {
-            "status": self.status(),
-            "version": __version__,
-            "protocol": PROTOCOL_VERSION,
-            "pid": os.getpid(),
-            "uptime_s": self.loop.time() - self.started_at,
-            "model": self.model.show(),
-            "queue": {"depth": sum(self.waiting().values()), "capacity": self.config.capacity},
-            "problems": self.problems(),
-        }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from whisperd.daemon.house import House
 from whisperd.daemon.loop import Loop, Timer
+from whisperd.daemon.operations.health import problems, status
 from whisperd.protocol import systemd
 from whisperd.protocol.jobs import JobState
 
@@ -66,7 +67,7 @@ class ServiceManager:
 def status_text(house: House) -> str:
     """Return one line for people: `ready: small on cuda:0; 12 waiting, 1 running`."""
     model = house.model.show()
-    match house.status():
+    match status(house):
         case "ready":
             text = f"ready: {model['name']} " + (
                 f"on {model['device']}" if model["device"] else "unloaded until work comes"
@@ -74,7 +75,7 @@ def status_text(house: House) -> str:
         case "starting":
             text = house.model.arrival.words or f"loading the model {model['name']}"
         case other:
-            text = "; ".join([other, *house.problems()])
+            text = "; ".join([other, *problems(house)])
     states = [job.state for job in house.board.jobs.values()]
     running = sum(state is JobState.RUNNING for state in states)
     line = f"{text}; {len(states) - running} waiting, {running} running"

@@ -12,6 +12,7 @@ from whisperd import __version__
 from whisperd.daemon.house import House
 from whisperd.daemon.lanes.weights import Listener
 from whisperd.daemon.operations.call import Call
+from whisperd.daemon.operations.health import health, status
 from whisperd.daemon.operations.retrying import retry
 from whisperd.daemon.operations.statistics import statistics
 from whisperd.daemon.operations.submitting import submit_file
@@ -64,7 +65,7 @@ def _handle_hello(call: Call, params: Hello) -> None:
 
 
 def _handle_health(call: Call, params: Health) -> None:
-    call.reply(call.house.health())
+    call.reply(health(call.house))
 
 
 def _handle_submit(call: Call, params: Submit) -> None:
@@ -264,7 +265,7 @@ def _handle_pause(call: Call, params: Pause) -> None:
     call.house.refuse_when_stopping()
     call.house.modelling.pause(free_gpu=params.free_gpu)
     log.info("paused uid=%d free_gpu=%s", call.peer.uid, params.free_gpu)
-    call.reply({"status": call.house.status()})
+    call.reply({"status": status(call.house)})
 
 
 def _handle_resume(call: Call, params: Resume) -> None:
@@ -272,7 +273,7 @@ def _handle_resume(call: Call, params: Resume) -> None:
     call.house.refuse_when_stopping()
     call.house.resume()
     log.info("resumed uid=%d", call.peer.uid)
-    call.reply({"status": call.house.status()})
+    call.reply({"status": status(call.house)})
 
 
 def _admins_only(call: Call, what: str) -> None:
