@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.media_server import serving
 from tests.support import NO_MODEL, Daemon, error_of, requires_program, requires_root, submit, wait_until
 from tests.tracing import traced, wait_for_end
 from whisperd.protocol.errors import WhisperdError
@@ -187,3 +188,30 @@ def test_a_quota_that_is_used_up_is_a_full_disk(
             assert error_of(lambda: submit(client, recording())) == "storage_full"
         assert submit(client, recording())["state"] == "queued"
     assert daemon.stop() == 0
+
+
+@requires_program("strace")
+def test_a_disk_that_fills_under_a_download_delays_it(
+    start_daemon: Callable[..., Daemon], recording: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The database's log has blocks of its own: it does not notice that the disk is full."""
+    settings = {"fetch_allow_private": True, "fetch_extractors": ["generic"], "full_disk_pause_s": 0.5}
+    daemon = start_daemon(model=NO_MODEL, **settings)
+    with serving(recording()) as server, daemon.client() as client:
+
+        def fetch(name: str) -> int:
+            return int(client.call("submit", source={"kind": "url", "url": server.url(name)})["job"]["id"])
+
+        def seen(job: int) -> tuple[str, str]:
+            found = client.call("result", job=job)["job"]
+            return found["state"], found["phase"]
+
+        first = fetch("first.wav")
+        wait_until(lambda: seen(first)[0] == "queued")
+        (fetcher,) = daemon.helpers("whisperd.fetch.fetcher")
+        inject = ["-e", "trace=mkdir,mkdirat", "-e", "inject=mkdir,mkdirat:error=ENOSPC"]
+        with traced(fetcher.pid, tmp_path / "download", *inject):
+            job = fetch("second.wav")
+            wait_until(lambda: seen(job) == ("pending", "waiting for room on the disk"))
+            assert "downloads rest" in str(client.call("health")["problems"])
+        wait_until(lambda: seen(job)[0] == "queued")

@@ -81,7 +81,7 @@ class Fetcher:
         """Fetch `source` to `<spool>/<folder>/source`. The folder has its name only once all in it is on the disk.
 
         `checkpoint(done_bytes, total_bytes)` is called all the time; total is 0 while it is not known. Raises
-        `FetchError`, or what `checkpoint` raises; no trace of the download is left then.
+        `FetchError`, `WhisperdError` of the spool's disk, or what `checkpoint` raises; no trace of it is left then.
         """
         partial, final = self._settings.spool / f"{folder}.partial", self._settings.spool / folder
         try:

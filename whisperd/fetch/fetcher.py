@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.protocol.catalogue import Checkpoint
-from whisperd.protocol.errors import ErrorCode
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
     Fetch,
     Fetched,
@@ -31,7 +31,7 @@ os.environ["YTDLP_NO_PLUGINS"] = "1"
 sys.modules["curl_cffi"] = None  # type: ignore[assignment]
 
 from whisperd.fetch.download import Fetcher, Settings  # noqa: E402
-from whisperd.fetch.explain import FetchError  # noqa: E402
+from whisperd.fetch.explain import explain  # noqa: E402
 from whisperd.fetch.guard import Guard, is_anything, is_public  # noqa: E402
 from whisperd.fetch.runtime import describe, find_programs  # noqa: E402
 from whisperd.fetch.weights import WeightsFetcher  # noqa: E402
@@ -77,17 +77,18 @@ def telling_why(perform: Perform) -> Perform:
     def explained(task: Task, order: Any, descriptors: list[int]) -> HelperMessage:
         try:
             return perform(task, order, descriptors)
-        except FetchError as error:
+        except WhisperdError as error:
             if error.code == ErrorCode.CANCELLED:
                 raise
-            log.info("run=%d code=%s message=%s", order.run, error.code, error.message)
+            why = explain(error)  # also of a disk, of which the spool's functions speak
+            log.info("run=%d code=%s message=%s", order.run, why.code, why.message)
             return FetchFailed(
                 run=order.run,
                 generation=order.generation,
-                code=error.code,
-                message=error.message,
-                transient=error.transient,
-                wait_s=error.wait_s,
+                code=why.code,
+                message=why.message,
+                transient=why.transient,
+                wait_s=why.wait_s,
             )
 
     return explained
