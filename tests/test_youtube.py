@@ -248,6 +248,18 @@ def test_the_original_language_is_taken_and_not_a_dubbed_one(youtube: Youtube, f
     assert answer.size_bytes == len(youtube.server.content)
 
 
+def test_half_a_surrogate_pair_in_what_a_site_says_becomes_a_question_mark(youtube: Youtube, fetch: Fetching) -> None:
+    titled, refused = youtube.new_id(), youtube.new_id()
+    youtube.publish(titled, youtube.track(), status={"status": "OK"}, title="A talk \ud83d")
+    answer = fetch(titled)
+    assert isinstance(answer, Fetched)
+    assert answer.title == "A talk ?"
+    youtube.publish(refused, status={"status": "ERROR", "reason": "Removed \ud83d"})
+    answer = fetch(refused)
+    assert isinstance(answer, FetchFailed)
+    assert "Removed ?" in answer.message
+
+
 def test_ten_programs_one_video(
     start_daemon: Callable[..., Daemon],
     micro: Path,

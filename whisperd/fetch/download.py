@@ -24,7 +24,7 @@ from yt_dlp import YoutubeDL
 from yt_dlp.extractor import gen_extractor_classes
 from yt_dlp.networking.exceptions import RequestError
 
-from whisperd.fetch.explain import FetchError, explain
+from whisperd.fetch.explain import FetchError, explain, whole
 from whisperd.fetch.guard import Guard, forbidden_address
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.spoolfolder import remove_folder, storage_errors, sync_folder
@@ -100,7 +100,7 @@ class Fetcher:
         return Download(
             sha256=sha256,
             size_bytes=size_bytes,
-            title=str(info.get("title") or "")[:500],
+            title=whole(str(info.get("title") or "")[:500]),
         )
 
     def _download(

@@ -30,9 +30,14 @@ class FetchError(WhisperdError):
     """A download that failed. `transient`: trying again may help, but not before `wait_s`."""
 
     def __init__(self, code: str, message: str, *, transient: bool = False, wait_s: float = 0.0) -> None:
-        super().__init__(code, message)
+        super().__init__(code, whole(message))
         self.transient = transient
         self.wait_s = wait_s
+
+
+def whole(text: str) -> str:
+    """Return what a site says with `?` for halves of surrogate pairs: JSON may hold them, and no frame can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
