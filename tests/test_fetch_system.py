@@ -275,6 +275,24 @@ def test_too_many_requests_rest_the_lane_and_say_until_when(
         assert client.call("health")["status"] == "ready"
 
 
+def test_too_many_requests_rest_also_what_is_urgent_in_an_outage(
+    start_daemon: Callable[..., Daemon], server: MediaServer, tmp_path: Path
+) -> None:
+    """The rest that the site asks for ends before the outage's: without it all four tries would be over at once."""
+    with serving(tmp_path / "talk.wav") as gone:
+        port = gone.port  # nobody listens there
+    daemon = start_daemon(model=NO_MODEL, fetchers=1, **SETTINGS | {"fetch_backoff_s": 600})
+    with daemon.client() as client:
+        for number in range(2):
+            fetch(client, f"http://127.0.0.1:{port}/{number}.wav")
+        wait_until(lambda: "several in a row have failed" in str(client.call("health")["problems"]))
+        urgent = fetch(client, server.url("limited/2/talk.wav"), priority="interactive")
+        wait_until(lambda: "too many requests" in str(client.call("health")["problems"]))
+        server.limited = False
+        wait_until(lambda: state(client, urgent) not in ("pending", "fetching"))
+        assert state(client, urgent) == "queued"
+
+
 def test_an_outage_fails_no_download(start_daemon: Callable[..., Daemon], micro: Path, tmp_path: Path) -> None:
     talk = write_noise(tmp_path / "talk.wav", 5)
     with serving(talk) as server:

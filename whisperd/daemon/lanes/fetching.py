@@ -262,10 +262,13 @@ class FetchLane(RunLane):
         self._loop.call_later(delay_s, go_on)
 
     def _rest_for(self, delay_s: float, reason: str, *, outage: bool = False) -> None:
-        """Begin no download for a while; of several reasons the one that lasts longest counts."""
+        """Begin no download for a while; of several reasons the one that lasts longest counts.
+
+        An outage gives way to any other: that one holds also for what somebody waits for, and a network is there.
+        """
         until_s, until = self._loop.time() + delay_s, self._ledger.clock() + delay_s
         rest = _Rest(reason=reason, until_s=until_s, until=until, outage=outage)
-        if self._rest is not None and self._rest.until_s >= until_s:
+        if self._rest is not None and not self._rest.outage and self._rest.until_s >= until_s:
             return
         log.warning("fetch lane rests for_s=%.0f reason=%s", delay_s, reason)
         self._rest = rest
