@@ -24,6 +24,10 @@ class Child:
         )
         self.ready = self._line()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, **request: Any) -> Any:
         """Return the answer to a request."""
         assert self._process.stdin is not None

@@ -130,6 +130,16 @@ def speak_sentences(text: str, lengths_s: Sequence[float]) -> Iterator[Spoken]:
         yield Spoken(pcm=bytes(pcm), text=" ".join(said))
 
 
+def write_wav(path: Path, recording: Spoken) -> Path:
+    """Write what is spoken as a WAV file."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(recording.pcm)
+    return path
+
+
 def _sentences(text: str) -> list[str]:
     """Return what stands between full stops. Only what has a few words: headings and numbers are read in many ways."""
     joined = re.sub(r"\s+", " ", re.sub(r"[^\w\s.,;:?!'-]|_", " ", text))
