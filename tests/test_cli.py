@@ -367,6 +367,27 @@ def test_truncated_audio_is_told(peer: Peer, ctl: Shell) -> None:
     assert (done.code, done.out, "ends early" in done.err) == (0, "Hello.\n", True)
 
 
+def test_speech_without_words_is_told_to_people_alone(peer: Peer, ctl: Shell) -> None:
+    def finish(*gaps: list[float]) -> None:
+        coverage = {"speech_s": 90.0, "transcribed_s": 60.0, "gaps": list(gaps)}
+        peer.on_submit = lambda job: peer.finish(job, "Hello.", coverage=coverage)
+
+    finish([62.4, 74.1])
+    told = "12 s of speech have no words: 1:02 to 1:14\n"
+    done = ctl("transcribe", "talk.m4a")
+    assert (done.code, done.out, done.err) == (0, "Hello.\n", f"talk.m4a: {told}")
+    done = ctl("result", "1", "--format", "json")
+    assert (json.loads(done.out)["coverage"]["gaps"], done.err) == ([[62.4, 74.1]], f"job 1: {told}")
+    done = ctl("result", "1", "-q")
+    assert (done.code, done.out, done.err) == (0, "Hello.\n", "")
+    finish(*([60.0 * minute, 60.0 * minute + 2] for minute in range(1, 6)))
+    assert ctl("transcribe", "talk.m4a").err == (
+        "talk.m4a: 10 s of speech have no words: 1:00 to 1:02, 2:00 to 2:02, 3:00 to 3:02, and 2 stretches more\n"
+    )
+    finish()
+    assert ctl("transcribe", "talk.m4a").err == ""
+
+
 # --- jobs and the daemon ---
 
 

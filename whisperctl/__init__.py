@@ -25,12 +25,13 @@ if TYPE_CHECKING:
         StorageFull,
         WhisperdError,
     )
-    from whisperctl.results import Event, Result, Segment, Transcript
+    from whisperctl.results import Coverage, Event, Result, Segment, Timing, Transcript
     from whisperd.protocol.jobs import Job, JobState, Priority
 
 __all__ = [
     "BadRequest",
     "Client",
+    "Coverage",
     "DaemonUnreachable",
     "Event",
     "Forbidden",
@@ -47,15 +48,18 @@ __all__ = [
     "Segment",
     "SourceUnreadable",
     "StorageFull",
+    "Timing",
     "Transcript",
     "WhisperdError",
 ]
 
 _HOMES = {
     "Client": "whisperctl.client",
+    "Coverage": "whisperctl.results",
     "Event": "whisperctl.results",
     "Result": "whisperctl.results",
     "Segment": "whisperctl.results",
+    "Timing": "whisperctl.results",
     "Transcript": "whisperctl.results",
     "Job": "whisperd.protocol.jobs",
     "JobState": "whisperd.protocol.jobs",

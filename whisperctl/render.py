@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from whisperctl.words import columns, duration, map_in, number, paint, plural, safe, shortened, size
+from whisperctl.words import clock, columns, duration, map_in, number, paint, plural, safe, shortened, size
 
 if TYPE_CHECKING:
     from whisperd.protocol.jobs import Job
@@ -55,6 +55,14 @@ def how_it_is(job: Job) -> str:
         case "cancelled":
             return ""
     return what_happens(job.state, phase=job.phase, progress=job.progress, position=job.position, eta_s=job.eta_s)
+
+
+def without_words(gaps: Sequence[tuple[float, float]]) -> str:
+    """Return what a transcript's gaps (start and end, in seconds) are to people; three of them are named."""
+    places = [f"{clock(start)} to {clock(end)}" for start, end in gaps[:3]]
+    if more := len(gaps) - len(places):
+        places.append(f"and {plural(more, 'stretch', 'stretches')} more")
+    return f"{duration(sum(end - start for start, end in gaps))} of speech have no words: {', '.join(places)}"
 
 
 def job_table(jobs: Sequence[Job], *, colours: bool, width: int | None, now: float | None = None) -> list[str]:

@@ -12,7 +12,10 @@ from whisperd.protocol.jobs import Job, JobState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A piece of speech; `start` and `end` are seconds from the start of the audio, other fields are Whisper's own."""
+    """A piece of speech; `start` and `end` are seconds from the start of the audio.
+
+    `speech` is False where no speech was detected between them; the other fields are Whisper's own.
+    """
 
     id: int
     start: float
@@ -24,6 +27,7 @@ class Segment:
     compression_ratio: float = 0.0
     no_speech_prob: float = 0.0
     words: Sequence[Mapping[str, Any]] | None = None
+    speech: bool = True
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Segment:
@@ -35,8 +39,43 @@ _SEGMENT_FIELDS = tuple(each.name for each in fields(Segment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Seconds in which speech was detected, and those of them inside segments with text.
+
+    `gaps` are stretches of speech, of a second and more, that no segment covers: start and end, in seconds.
+    """
+
+    speech_s: float
+    transcribed_s: float
+    gaps: Sequence[tuple[float, float]]
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Coverage:
+        """Read the map that a transcript carries."""
+        gaps = [(start, end) for start, end in wire["gaps"]]
+        return cls(speech_s=wire["speech_s"], transcribed_s=wire["transcribed_s"], gaps=gaps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds at the model, of the last start if there were several; windows decoded in it, tokens chosen for them."""
+
+    model_s: float
+    windows: int
+    tokens: int
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Timing:
+        """Read the map that a transcript carries."""
+        return cls(model_s=wire["model_s"], windows=wire["windows"], tokens=wire["tokens"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """The words of a recording. `truncated`: the audio ended early, or has a stretch that does not decode."""
+    """The words of a recording. `truncated`: the audio ended early, or has a stretch that does not decode.
+
+    `mode` is `exact` or `fast`. It, `coverage` and `timing` are None where the daemon does not tell them.
+    """
 
     text: str
     language: str | None
@@ -44,11 +83,16 @@ class Transcript:
     segments: Sequence[Segment]
     model: str
     truncated: bool
+    versions: Mapping[str, str] = field(default_factory=dict)
+    mode: str | None = None
+    coverage: Coverage | None = None
+    timing: Timing | None = None
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Transcript:
         """Read a Transcript map; `raw` keeps it whole."""
+        coverage, timing = wire.get("coverage"), wire.get("timing")
         return cls(
             text=wire["text"],
             language=wire.get("language"),
@@ -56,6 +100,10 @@ class Transcript:
             segments=[Segment.from_wire(segment) for segment in wire.get("segments", ())],
             model=str(wire.get("model", "")),
             truncated=bool(wire.get("truncated", False)),
+            versions=wire.get("versions") or {},
+            mode=wire.get("mode"),
+            coverage=None if coverage is None else Coverage.from_wire(coverage),
+            timing=None if timing is None else Timing.from_wire(timing),
             raw=wire,
         )
 

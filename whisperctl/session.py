@@ -13,7 +13,7 @@ from whisperctl.errors import DaemonUnreachable, SourceUnreadable, error_of
 from whisperctl.exits import Exit, exit_code, exit_of_state
 from whisperctl.options import Shell
 from whisperctl.output import Output
-from whisperctl.render import how_it_is, source_label
+from whisperctl.render import how_it_is, source_label, without_words
 from whisperctl.results import Result, Segment
 from whisperctl.watch import JobWatch, LiveText
 from whisperctl.words import clock, duration, plural, safe, size, to_json
@@ -66,8 +66,11 @@ def _tell_end(shell: Shell, result: Result, label: str) -> Exit:
     job, screen = result.job, shell.screen
     if result.transcript is None:
         screen.error(f"{label}: {error_of(job) if job.ended else f'job {job.id} is not finished yet ({job.state})'}")
-    elif result.transcript.truncated:
-        screen.note(f"{label}: the audio ends early or is damaged; the transcript covers what could be decoded")
+    else:
+        if result.transcript.truncated:
+            screen.note(f"{label}: the audio ends early or is damaged; the transcript covers what could be decoded")
+        if result.transcript.coverage is not None and (gaps := result.transcript.coverage.gaps):
+            screen.note(f"{label}: {without_words(gaps)}")
     if screen.verbose:
         screen.note(f"job {job.id} {job.state}" + (f", {words}" if (words := how_it_is(job)) else ""))
     return exit_of_state(job.state)
