@@ -209,6 +209,7 @@ class Daemon:
         self.log_file = self.folder / "stderr"
         self.settings: dict[str, Any] = {"threads": 1, "models_url": ""} | settings
         self.variables: dict[str, str] = {}  # beside the clean environment
+        self.before: list[str] = []  # a command that starts it, under its own pid
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -227,8 +228,9 @@ class Daemon:
     def start(self, *arguments: str, wait: bool = True, ready: bool = False, timeout_s: float = 60) -> None:
         """Start it, and wait until its socket answers; with `ready` also until the model does."""
         self.config_file.write_text(to_toml(self.settings))
-        command = [sys.executable, "-m", "whisperd", "--config", str(self.config_file), "--socket", str(self.socket)]
-        command += ["--state-dir", str(self.state_dir), "--cache-dir", str(self.cache_dir), *arguments]
+        command = [*self.before, sys.executable, "-m", "whisperd", "--config", str(self.config_file)]
+        command += ["--socket", str(self.socket), "--state-dir", str(self.state_dir)]
+        command += ["--cache-dir", str(self.cache_dir), *arguments]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

@@ -51,6 +51,14 @@ def traced_new_threads(pid: int, log: Path, *options: str) -> Iterator[None]:
         yield
 
 
+def traced_whole(log: Path, *options: str) -> list[str]:
+    """Return the command that starts a program under strace, from its first call on, with all that it starts itself.
+
+    The program has the pid that was started; strace is a stranger to it, and ends with the last of them.
+    """
+    return ["strace", "-D", "-f", "-q", "--seccomp-bpf", "-ttt", "-o", str(log), *options]
+
+
 def _threads(pid: int) -> list[int]:
     return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
 
