@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.support import NO_MODEL, Daemon
+from whisperd.daemon import main
 from whisperd.daemon.config import SETTINGS
 from whisperd.protocol import messages
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.frames import MAX_DEPTH, MAX_REQUEST_ITEMS, encode_frame, parse_body
+from whisperd.protocol.helper_messages import HelperMessage
 from whisperd.protocol.jobs import Job, JobState, Priority
 from whisperd.protocol.options import DEFAULTS, OWN_DEFAULTS
 
@@ -48,6 +50,18 @@ def test_every_module_has_its_place_on_the_map(folder: str, heading: str) -> Non
     page = section((ROOT / "docs/architecture.md").read_text(), heading)
     modules = {path.stem for path in (ROOT / folder).glob("[!_]*.py")}
     assert modules - set(re.findall(r"`(\w+)(?:\.py)?`", page)) == set()
+
+
+def test_every_message_of_helpers_has_its_place_on_the_map() -> None:
+    link = section((ROOT / "docs/architecture.md").read_text(), "## The helper's link")
+    assert {kind.__name__ for kind in HelperMessage.__args__} - set(re.findall(r"\b[A-Z]\w+", link)) == set()
+
+
+def test_every_exit_code_of_the_daemon_is_explained() -> None:
+    rows = re.findall(
+        r"^\| (\d) \|", section((ROOT / "docs/operations.md").read_text(), "## Exit codes of whisperd"), re.M
+    )
+    assert {value for name, value in vars(main).items() if name.startswith("EXIT_")} | {0} == set(map(int, rows))
 
 
 def test_every_error_code_is_explained() -> None:
@@ -171,6 +185,8 @@ def test_each_guarantee_names_a_test_that_is_there() -> None:
     promises = [row for row in rows if "promise | held by" not in row]
     assert promises
     for row in promises:
-        named = re.search(r"`(tests/\w+\.py)::(test_\w+)` \|$", row)
-        assert named, row
-        assert f"def {named[2]}(" in (ROOT / named[1]).read_text(), row
+        held_by = row.removesuffix(" |").rpartition(" | ")[2].split(" ")
+        for named in (re.fullmatch(r"`(tests/\w+\.py)::(test_\w+)`", test) for test in held_by):
+            assert named, row
+            there = f"def {named[2]}(" in (ROOT / named[1]).read_text()
+            assert there, named[2]
