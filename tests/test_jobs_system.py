@@ -29,7 +29,7 @@ from tests.support import (
     submit,
     wait_until,
 )
-from tests.test_upload import begin, taken
+from tests.test_upload import begin, chunk, taken
 from whisperd.daemon.keys import digest, fingerprints
 from whisperd.daemon.store.rows import unpack
 from whisperd.protocol.errors import WhisperdError
@@ -413,14 +413,24 @@ def test_who_comes_back_with_many_files_loses_no_attached_job(
     daemon = make_daemon(model=NO_MODEL, socket_mode="0666", attach_grace_s=3, copiers=1, open_requests=2)
     paths = [recording(1) for _ in range(6)]
     daemon.start()
-    with client_as(daemon, 20_001) as client, client_as(daemon, 20_002) as other:
+    with (
+        client_as(daemon, 20_001) as client,
+        client_as(daemon, 20_002) as other,
+        client_as(daemon, 20_003) as uploader,
+    ):
         jobs = [submit(client, path, attached=True, key=path.name) for path in paths]
         left = submit(other, recording(1), attached=True, key="left")
+        spared = submit(uploader, recording(1), attached=True, key="spared")
         daemon.kill()
     daemon.start()
     (copier,) = wait_until(lambda: daemon.helpers("whisperd.audio.copier"))
     stop_process(copier.pid)
-    with client_as(daemon, 20_001) as client, client_as(daemon, 20_002) as other:
+    with (
+        client_as(daemon, 20_001) as client,
+        client_as(daemon, 20_002) as other,
+        client_as(daemon, 20_003) as uploader,
+    ):
+        chunk(uploader, begin(uploader, 100), b"the first of his recordings takes long")
         numbers = []
         for path in paths:
             with path.open("rb") as file:
@@ -428,6 +438,7 @@ def test_who_comes_back_with_many_files_loses_no_attached_job(
                 params: dict[str, Any] = {"source": source, "options": PLAIN_OPTIONS, "key": path.name}
                 numbers.append(client.send("submit", descriptors=[file.fileno()], attached=True, **params))
         assert other.result(left["id"])["job"]["state"] == "cancelled", "his holder did not come back in time"
+        assert uploader.call("result", job=spared["id"])["job"]["state"] == "queued", "he still submits"
         os.kill(copier.pid, signal.SIGCONT)
         for number, job in zip(numbers, jobs, strict=True):
             again = client.reply(number)["result"]["job"]

@@ -1,16 +1,20 @@
-"""Who may have one more job wait: pure functions over counts, so that every bound is tested without a daemon.
+"""Who may have one more job wait, and the places of those that are to be jobs.
 
 The queue as a whole is bounded, with places that only interactive jobs may take; what one user may take of it is
-bounded besides, so that whatever he submits, others find room. Administrators are bound by the whole alone.
+bounded besides, so that whatever he submits, others find room. Administrators are bound by the whole alone. What
+decides are pure functions over counts, so that every bound is tested without a daemon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.scheduler import admits
+from whisperd.daemon.state.board import Board
+from whisperd.daemon.state.disk import Disk
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import Priority
 
@@ -26,6 +30,91 @@ class Applicant:
     priority: Priority
     size_bytes: int
     spool_bytes: int
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Place:
+    """A place of the queue, held by a job to be. `size_bytes` of audio are on their way to the spool with it."""
+
+    uid: int
+    priority: Priority
+    size_bytes: int  # of what does not tell its size, and of a file that grows: what has come so far
+    stored_bytes: int  # its user's audio in the spool when it was admitted (`Store.spool_bytes`)
+
+
+class Admission:
+    """The places of the queue: one for each job that waits and, from `enter` to `leave`, for each that is to be."""
+
+    def __init__(self, config: Config, board: Board, disk: Disk, is_admin: Callable[[int], bool]) -> None:
+        self._config, self._board, self._disk, self._is_admin = config, board, disk, is_admin
+        self._places: set[Place] = set()
+        self._submitting: Counter[int] = Counter()
+
+    def waiting(self) -> Counter[tuple[int, Priority]]:
+        """Return how many places of the queue are taken, by user and priority."""
+        return self._board.waiting_jobs() + Counter((place.uid, place.priority) for place in self._places)
+
+    # --- places ---
+
+    def enter(self, uid: int, priority: Priority, *, size_bytes: int = 0, stored_bytes: int) -> Place:
+        """Take a place for one more job; `leave` it. Raises `storage_full`, `queue_full`, `quota_exceeded`."""
+        self._disk.refuse_when_full()
+        place = Place(uid=uid, priority=priority, size_bytes=size_bytes, stored_bytes=stored_bytes)
+        free_bytes, joined_jobs = self._disk.free_bytes, self._board.joined_jobs(uid)
+        applicant = self._applicant(place, size_bytes)
+        check_admission(self._config, applicant, self.waiting(), free_bytes, joined_jobs=joined_jobs)
+        self._places.add(place)
+        return place
+
+    def grow(self, place: Place, to_bytes: int) -> None:
+        """Count what has come beyond what was admitted. Raises `storage_full`, `quota_exceeded`."""
+        if (more := to_bytes - place.size_bytes) > 0:
+            self._disk.refuse_when_full()
+            check_room(self._config, self._applicant(place, more), self._disk.free_bytes)
+            place.size_bytes = to_bytes
+
+    def leave(self, place: Place) -> None:
+        """Give a place back: it is a job now, which counts by itself, or could not become one."""
+        self._places.discard(place)
+
+    def _applicant(self, place: Place, more_bytes: int) -> Applicant:
+        under_way = sum(other.size_bytes for other in self._places if other.uid == place.uid)
+        return Applicant(
+            uid=place.uid,
+            unlimited=self._is_admin(place.uid),
+            priority=place.priority,
+            size_bytes=more_bytes,
+            spool_bytes=place.stored_bytes + under_way,
+        )
+
+    # --- submits, which need no place while their key is looked up or compared ---
+
+    def check_descriptor(self, uid: int, key: str | None) -> None:
+        """Raise `quota_exceeded` where one more submit may not hold a descriptor until it is answered.
+
+        One with a key may be a retry of one that is not answered yet, and is not to be refused for that one's sake.
+        """
+        most = places_per_user(self._config) * (1 if key is None else 2)
+        if self._submitting[uid] >= most and not self._is_admin(uid):
+            raise WhisperdError(
+                ErrorCode.QUOTA_EXCEEDED,
+                f"{self._submitting[uid]} of your submits are not answered yet, and with {most} of them no more files "
+                "are taken from one user (setting capacity_share_per_user): wait for some",
+            )
+
+    def take_up(self, uid: int) -> None:
+        """A submit has come, which is to be `answered` once."""
+        self._submitting[uid] += 1
+
+    def answered(self, uid: int) -> None:
+        """Its answer is out."""
+        self._submitting[uid] -= 1
+        if not self._submitting[uid]:
+            del self._submitting[uid]
+
+    def submitting(self) -> frozenset[int]:
+        """Return the users of whom a submit is not answered."""
+        return frozenset(self._submitting)
 
 
 def check_admission(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from whisperd.daemon.admission import Applicant, check_admission, check_room, places_per_user
+from whisperd.daemon.admission import Admission
 from whisperd.daemon.config import Config, admin_uids
 from whisperd.daemon.lanes.copying import CopyLane
 from whisperd.daemon.lanes.decoding import DecodeLane
@@ -36,7 +35,6 @@ from whisperd.daemon.uploads import Uploads
 from whisperd.daemon.watchers import Watchers
 from whisperd.daemon.wire.server import Peer
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.jobs import Priority
 from whisperd.protocol.systemd import child_environment
 
 log = logging.getLogger("whisperd")
@@ -108,9 +106,8 @@ class House:
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
         self.housekeeping = Housekeeping(loop, self.ledger, guard, mark)
-        self.accepting: Counter[tuple[int, Priority]] = Counter()  # admitted, and on their way to the disk
+        self.admission = Admission(config, self.board, self.disk, self.is_admin)
         self.under_way = UnderWay()
-        self.submitting: Counter[int] = Counter()  # by user: submits that hold a descriptor and are not answered
         self.ledger.when_changed.append(self._changed)
 
     def _copy_lane(self, role: str, size: int, silent_s: float, env: dict[str, str]) -> CopyLane:
@@ -237,7 +234,7 @@ class House:
         Who comes back with many files has them compared a few at a time, and the rest of his submits are not read yet:
         while any waits for its answer, and once more after that, his jobs are left alone.
         """
-        submitting = frozenset(uid for uid, count in self.submitting.items() if count)
+        submitting = self.admission.submitting()
         left = [job for job in self.board.jobs.values() if job.attached and not self.watchers.held(job.id)]
         spared = submitting | submitted_before
         for job in left:
@@ -283,48 +280,7 @@ class House:
         """Return whose jobs a peer may see: None = everybody's."""
         return None if self.is_admin(peer.uid) else peer.uid
 
-    def waiting(self) -> Counter[tuple[int, Priority]]:
-        """Return how many places of the queue are taken, by user and priority: waiting jobs and jobs to be."""
-        return self.board.waiting_jobs() + self.copying.counts() + self.receiving.counts() + self.accepting
-
     def refuse_when_stopping(self) -> None:
         """Raise `stopping` once the daemon stops: nothing is begun any more."""
         if self.stopping:
             raise WhisperdError(ErrorCode.STOPPING, "the daemon is stopping: ask again when it is back")
-
-    def admit(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
-        """Raise what refuses one more job: `storage_full`, `queue_full`, `quota_exceeded`.
-
-        `stored_bytes` is what the store knows of this user's audio (`Store.spool_bytes`).
-        """
-        self.disk.refuse_when_full()
-        applicant = self._applicant(uid, priority, size_bytes, stored_bytes)
-        joined_jobs = self.board.joined_jobs(uid)
-        check_admission(self.config, applicant, self.waiting(), self.disk.free_bytes, joined_jobs=joined_jobs)
-
-    def check_submits(self, uid: int, key: str | None) -> None:
-        """Raise `quota_exceeded` for one more submit that would hold a descriptor: known keys take no waiting place.
-
-        One with a key may be a retry of one that is not answered yet, and is not to be refused for that one's sake.
-        """
-        most = places_per_user(self.config) * (1 if key is None else 2)
-        if self.submitting[uid] >= most and not self.is_admin(uid):
-            raise WhisperdError(
-                ErrorCode.QUOTA_EXCEEDED,
-                f"{most} of your submits are not answered yet, and one user may have no more (setting "
-                "capacity_share_per_user): wait for some",
-            )
-
-    def admit_more(self, uid: int, priority: Priority, *, size_bytes: int, stored_bytes: int) -> None:
-        """Raise what refuses so many more bytes of an upload that was admitted without its size."""
-        self.disk.refuse_when_full()
-        check_room(self.config, self._applicant(uid, priority, size_bytes, stored_bytes), self.disk.free_bytes)
-
-    def _applicant(self, uid: int, priority: Priority, size_bytes: int, stored_bytes: int) -> Applicant:
-        return Applicant(
-            uid=uid,
-            unlimited=self.is_admin(uid),
-            priority=priority,
-            size_bytes=size_bytes,
-            spool_bytes=stored_bytes + self.copying.bytes_of(uid) + self.receiving.bytes_of(uid),
-        )

@@ -36,14 +36,12 @@ _MAX_LOSSES = 3  # helpers that a copy may lose; a promise, as for decoders and 
 class Copy:
     """A copy that waits or runs. It owns `descriptor` until it ends; without one it is an upload, which is fed.
 
-    Ends with one call of `copied` or `refused`. A copy counts as a waiting job from its admission on; after `copied`
-    until the caller says `CopyLane.settled`, when the job itself counts.
+    Ends with one call of `copied` or `refused`.
     """
 
     uid: int
     priority: Priority
     descriptor: int | None
-    size_bytes: int  # of an upload that does not tell: what has come so far
     folder: str
     keep: bool = True  # False: it is read and hashed, and nothing is kept
     client: int | None  # the connection with which it ends, if it does not outlive its client
@@ -90,7 +88,6 @@ class CopyLane:
         self._turns = turns
         self._tickets = itertools.count(1)
         self._copies: dict[int, Copy] = {}
-        self._committing: dict[int, Copy] = {}
         self.failed = 0
 
     @property
@@ -103,25 +100,11 @@ class CopyLane:
         """True when a copy waits for nothing but a helper."""
         return bool(self._ready())
 
-    def counts(self) -> Counter[tuple[int, Priority]]:
-        """Return how many copies wait or run, by user and priority: each is a job to be. What is only read is not."""
-        copies = (*self._copies.values(), *self._committing.values())
-        return Counter((copy.uid, copy.priority) for copy in copies if copy.keep)
-
-    def bytes_of(self, uid: int) -> int:
-        """Return how many bytes a user's copies will take in the spool."""
-        copies = (*self._copies.values(), *self._committing.values())
-        return sum(copy.size_bytes for copy in copies if copy.uid == uid)
-
     def add(self, copy: Copy) -> None:
         """Take a copy over."""
         copy.ticket = next(self._tickets)
         self._copies[copy.ticket] = copy
         self.pump()
-
-    def settled(self, copy: Copy) -> None:
-        """Give back the place of a copy that has become a job, or could not."""
-        self._committing.pop(copy.ticket, None)
 
     def client_left(self, client: int) -> None:
         """Give up the copies that end with a connection: nobody could learn of their jobs any more."""
@@ -196,7 +179,7 @@ class CopyLane:
         if copy.refusal is not None:  # whatever the answer: it may have crossed the cancel
             self._refuse(copy, copy.refusal)
         elif isinstance(message, Copied):
-            self._committing[copy.ticket] = self._copies.pop(copy.ticket)
+            del self._copies[copy.ticket]
             copy.close()
             copy.copied(message)
         elif isinstance(message, Failed):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from whisperd.daemon.keys import digest, fingerprints, share_key
-from whisperd.daemon.lanes.copying import Copy, CopyLane
 from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store.rows import Change, NewJob, about
 from whisperd.protocol.errors import WhisperdError
@@ -38,8 +37,8 @@ def outlives_client(params: Submit) -> bool:
     return params.key is not None and not params.attached
 
 
-def accept(call: Call, params: Submit, *, early: bytes, lane: CopyLane, copy: Copy, copied: Copied) -> None:
-    """Commit the job of a file that is in the spool; answers `call`, and settles its copy."""
+def accept(call: Call, params: Submit, *, early: bytes, folder: str, copied: Copied) -> None:
+    """Commit the job of a file that is in a folder of the spool; answers `call`."""
     house, uid = call.house, call.peer.uid
     options = options_of(call, params)
     new = NewJob(
@@ -52,13 +51,12 @@ def accept(call: Call, params: Submit, *, early: bytes, lane: CopyLane, copy: Co
         fresh=params.fresh,
         fingerprint=fingerprint_of(early, copied),
         share_key=share_key(house.config, uid, copied.sha256, options, house.model.identity),
-        folder=copy.folder,
+        folder=folder,
         sha256=copied.sha256,
         size_bytes=copied.size_bytes,
     )
 
     def accepted(change: Change) -> None:
-        lane.settled(copy)
         job, run = about(change)
         if change.reused:
             house.metrics.cache_hits += 1
@@ -67,8 +65,7 @@ def accept(call: Call, params: Submit, *, early: bytes, lane: CopyLane, copy: Co
         call.reply({"job": call.show(job, run), "reused": change.reused})
 
     def refused(error: WhisperdError) -> None:
-        lane.settled(copy)
-        house.ledger.spool.remove(copy.folder)
+        house.ledger.spool.remove(folder)
         call.fail(error)
 
     store = house.ledger.store

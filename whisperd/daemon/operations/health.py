@@ -20,7 +20,7 @@ def health(house: House) -> dict[str, Any]:
         "pid": os.getpid(),
         "uptime_s": house.loop.time() - house.started_at,
         "model": house.model.show(),
-        "queue": {"depth": sum(house.waiting().values()), "capacity": house.config.capacity},
+        "queue": {"depth": sum(house.admission.waiting().values()), "capacity": house.config.capacity},
         "problems": problems(house),
     }
 

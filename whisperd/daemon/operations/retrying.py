@@ -36,19 +36,17 @@ def retry(call: Call, params: Retry) -> None:
         job, stored_bytes = found
         try:
             house.refuse_when_stopping()
-            house.admit(job.uid, job.priority, size_bytes=0, stored_bytes=stored_bytes)
+            place = house.admission.enter(job.uid, job.priority, stored_bytes=stored_bytes)
         except WhisperdError as error:
             call.fail(error)
             return
-        place = (job.uid, job.priority)
-        house.accepting[place] += 1
 
         def done(change: Change) -> None:
-            house.accepting[place] -= 1
+            house.admission.leave(place)
             call.reply({"job": call.show(*about(change))})
 
         def refused(error: WhisperdError) -> None:
-            house.accepting[place] -= 1
+            house.admission.leave(place)
             call.fail(error)
 
         house.ledger.commit(

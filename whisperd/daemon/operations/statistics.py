@@ -142,7 +142,7 @@ def _software(house: House) -> dict[str, Any]:
 
 def _waiting(house: House) -> dict[str, int]:
     counts = dict.fromkeys(map(str, Priority), 0)
-    for (_, priority), count in house.waiting().items():
+    for (_, priority), count in house.admission.waiting().items():
         counts[priority] += count
     return counts
 

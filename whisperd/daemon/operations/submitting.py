@@ -10,6 +10,7 @@ import os
 import stat
 from typing import Any
 
+from whisperd.daemon.admission import Place
 from whisperd.daemon.lanes.copying import Copy
 from whisperd.daemon.operations.accepting import accept, early_fingerprints, fingerprint_of, outlives_client
 from whisperd.daemon.operations.call import Call
@@ -25,7 +26,7 @@ from whisperd.protocol.messages import Submit
 def submit_file(call: Call, params: Submit) -> None:
     """Handle one submit; raises what can be refused at once. Takes the descriptor when it goes on to the copy lane."""
     size_bytes = check_descriptors(call.descriptors, max_bytes=call.house.config.max_source_bytes)
-    call.house.check_submits(call.peer.uid, params.key)
+    call.house.admission.check_descriptor(call.peer.uid, params.key)
     _Submission(call, params, call.descriptors.pop(), size_bytes).begin()
 
 
@@ -80,11 +81,11 @@ class _Submission:
         self._descriptor, self._size_bytes = descriptor, size_bytes
         self._stored_bytes = 0
         self._early = early_fingerprints(size_bytes, params.options)
-        self._copy: Copy | None = None  # from its admission on
+        self._place: Place | None = None  # from its admission on
 
     def begin(self) -> None:
         """Count it until it is answered, and go on."""
-        self._house.submitting[self._peer.uid] += 1
+        self._house.admission.take_up(self._peer.uid)
         self._look_up()
 
     def _look_up(self) -> None:
@@ -118,20 +119,22 @@ class _Submission:
             self._give_up(error)
             return
         try:
-            house.admit(uid, self._params.priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes)
+            place = house.admission.enter(
+                uid, self._params.priority, size_bytes=self._size_bytes, stored_bytes=self._stored_bytes
+            )
         except WhisperdError as error:
             if not house.under_way.maybe_wait(uid, key, self._look_up):
                 self._give_up(error)
             return
+        self._place = place
         house.under_way.began(uid, key)
-        self._copy = self._new_copy(
+        copy: Copy = self._new_copy(
             descriptor=self._descriptor,
-            size_bytes=self._size_bytes,
-            progressed=lambda progress: self._grown(int(progress.done)),
-            copied=self._copied,
+            progressed=lambda progress: self._grown(copy, int(progress.done)),
+            copied=lambda copied: self._copied(copy, copied),
             refused=self._call.fail,
         )
-        house.copying.add(self._copy)
+        house.copying.add(copy)
 
     def _compare(self, early: bytes) -> None:
         """The key has a job. Hash the file, to see whether it is that job's: this takes no room, however full it is."""
@@ -146,22 +149,20 @@ class _Submission:
             message = f"whisperd has no descriptor to spare ({error.strerror}): upload it, under the same key"
             self._give_up(WhisperdError(ErrorCode.NO_DESCRIPTOR, message))
             return
-        reading: Copy = self._new_copy(
+        reading = self._new_copy(
             descriptor=descriptor,
-            size_bytes=0,
             keep=False,
-            copied=lambda copied: self._compared(reading, fingerprint_of(early, copied)),
+            copied=lambda copied: self._compared(fingerprint_of(early, copied)),
             refused=self._give_up,
         )
         self._house.copying.add(reading)
 
-    def _compared(self, reading: Copy, fingerprint: bytes) -> None:
+    def _compared(self, fingerprint: bytes) -> None:
         house, params, key = self._house, self._params, self._params.key
         store, uid = house.ledger.store, self._peer.uid
         assert key is not None, "it was looked up"
 
         def then(known: Change | None) -> None:
-            house.copying.settled(reading)
             if known is None:  # its job has failed or was forgotten meanwhile
                 self._admit_and_copy()
                 return
@@ -171,11 +172,7 @@ class _Submission:
                 house.hold(job.id, self._peer)
             self._call.reply({"job": self._call.show(job, run), "reused": True})
 
-        def refused(error: WhisperdError) -> None:
-            house.copying.settled(reading)
-            self._give_up(error)
-
-        house.ledger.read(lambda db, now: store.rejoin(db, uid, key, fingerprint, now), then, refused)
+        house.ledger.read(lambda db, now: store.rejoin(db, uid, key, fingerprint, now), then, self._give_up)
 
     def _refuse_when_useless(self) -> None:
         self._house.refuse_when_stopping()
@@ -191,37 +188,31 @@ class _Submission:
             **how,
         )
 
-    def _grown(self, copied_bytes: int) -> None:
+    def _grown(self, copy: Copy, copied_bytes: int) -> None:
         """Count what a file has grown by since it was admitted, which may be beyond what its user may have."""
-        assert self._copy is not None
+        assert self._place is not None, "it was admitted"
         try:
-            self._admit_growth(self._copy, copied_bytes)
+            self._house.admission.grow(self._place, copied_bytes)
         except WhisperdError as error:
-            self._house.copying.give_up(self._copy, error)
-
-    def _admit_growth(self, copy: Copy, copied_bytes: int) -> None:
-        if (more := copied_bytes - copy.size_bytes) > 0:
-            uid, priority = self._peer.uid, self._params.priority
-            self._house.admit_more(uid, priority, size_bytes=more, stored_bytes=self._stored_bytes)
-            copy.size_bytes = copied_bytes
+            self._house.copying.give_up(copy, error)
 
     def _give_up(self, error: WhisperdError) -> None:
         close_apart([self._descriptor])
         self._call.fail(error)
 
-    def _copied(self, copied: Copied) -> None:
-        assert self._copy is not None
+    def _copied(self, copy: Copy, copied: Copied) -> None:
+        assert self._place is not None, "it was admitted"
         try:
-            self._admit_growth(self._copy, copied.size_bytes)
+            self._house.admission.grow(self._place, copied.size_bytes)
         except WhisperdError as error:
-            self._house.copying.settled(self._copy)
-            self._house.ledger.spool.remove(self._copy.folder)
+            self._house.ledger.spool.remove(copy.folder)
             self._call.fail(error)
             return
-        lane = self._house.copying
-        accept(self._call, self._params, early=self._early[0], lane=lane, copy=self._copy, copied=copied)
+        accept(self._call, self._params, early=self._early[0], folder=copy.folder, copied=copied)
 
     def _over(self) -> None:
-        self._house.submitting[self._peer.uid] -= 1
-        if self._copy is not None:
-            self._house.under_way.ended(self._peer.uid, self._params.key)
+        admission, uid = self._house.admission, self._peer.uid
+        if self._place is not None:
+            admission.leave(self._place)
+            self._house.under_way.ended(uid, self._params.key)  # who waits finds the place free
+        admission.answered(uid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from whisperd.daemon.admission import Place
 from whisperd.daemon.keys import fingerprints, source_key
 from whisperd.daemon.operations.accepting import options_of
 from whisperd.daemon.operations.call import Call
@@ -20,6 +21,8 @@ def submit_fetch(call: Call, params: Submit) -> None:
     The key is looked up first: a retry of an accepted submit is never refused for want of room.
     """
     house, peer, key = call.house, call.peer, params.key
+    house.admission.take_up(peer.uid)
+    call = call.followed_by(lambda: house.admission.answered(peer.uid))
     same = fingerprints([source_to_wire(params.source)], params.options)
     new, store = _new_job(call, params, same[0]), house.ledger.store
 
@@ -37,13 +40,12 @@ def submit_fetch(call: Call, params: Submit) -> None:
             call.fail(error)
             return
         try:
-            if row is None:
-                house.admit(new.uid, new.priority, size_bytes=0, stored_bytes=stored_bytes)
+            place = house.admission.enter(new.uid, new.priority, stored_bytes=stored_bytes) if row is None else None
         except WhisperdError as error:
             if not house.under_way.maybe_wait(peer.uid, key, look_up):
                 call.fail(error)
             return
-        _accept(call, new if row is None else replace(new, fingerprint=row["fingerprint"]))
+        _accept(call, new if row is None else replace(new, fingerprint=row["fingerprint"]), place)
 
     look_up()
 
@@ -69,14 +71,13 @@ def _new_job(call: Call, params: Submit, fingerprint: bytes) -> NewJob:
     )
 
 
-def _accept(call: Call, new: NewJob) -> None:
+def _accept(call: Call, new: NewJob, place: Place | None) -> None:
     house = call.house
-    # It takes its place of the queue now: the commit may be a while, and others are admitted meanwhile.
-    house.accepting[new.uid, new.priority] += 1
     house.under_way.began(new.uid, new.key)
 
     def over() -> None:
-        house.accepting[new.uid, new.priority] -= 1
+        if place is not None:
+            house.admission.leave(place)
         house.under_way.ended(new.uid, new.key)
 
     def accepted(change: Change) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+from whisperd.daemon.admission import Place
 from whisperd.daemon.lanes.copying import Copy
 from whisperd.daemon.operations.accepting import accept, early_fingerprints, outlives_client
 from whisperd.daemon.operations.call import Call
@@ -41,7 +42,8 @@ class _UploadSubmission:
         self._call, self._params, self._size_bytes = call.followed_by(self._over), params, size_bytes
         self._house, self._peer = call.house, call.peer
         self._stored_bytes = 0
-        self._copy: Copy | None = None  # from its admission on
+        self._place: Place | None = None  # from its admission on, as is its copy
+        self._copy: Copy | None = None
         self._ended = False
         self._upload = Upload(
             self._house.loop,
@@ -58,6 +60,7 @@ class _UploadSubmission:
     def begin(self) -> None:
         """Take it up as its connection's upload, or raise `bad_request`; then go on."""
         self._house.uploads.add(self._peer, self._upload)
+        self._house.admission.take_up(self._peer.uid)
         self._look_up()
 
     def _look_up(self) -> None:
@@ -95,7 +98,7 @@ class _UploadSubmission:
         self._call.reply({"job": self._call.show(known.job, known.run), "reused": True})
 
     def _admit(self) -> None:
-        house, size_bytes = self._house, self._size_bytes or 0
+        house, size_bytes = self._house, self._size_bytes or self._upload.received_bytes
         uid, priority, key = self._peer.uid, self._params.priority, self._params.key
         try:
             house.refuse_when_stopping()
@@ -103,17 +106,17 @@ class _UploadSubmission:
             self._end(error)
             return
         try:
-            house.admit(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
+            place = house.admission.enter(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
         except WhisperdError as error:
             if not house.under_way.maybe_wait(uid, key, self._look_up):
                 self._end(error)
             return
+        self._place = place
         house.under_way.began(uid, key)
         self._copy = Copy(
             uid=uid,
             priority=priority,
             descriptor=None,
-            size_bytes=size_bytes or self._upload.received_bytes,
             folder=house.ledger.spool.new_folder(),
             client=self._peer.id,
             started=self._upload.start,
@@ -136,14 +139,8 @@ class _UploadSubmission:
             )
         if received_bytes > house.config.max_source_bytes:
             raise _too_large(house.config.max_source_bytes)
-        if size_bytes is None and self._copy is not None:
-            house.admit_more(
-                self._peer.uid,
-                self._params.priority,
-                size_bytes=len(chunk.data),
-                stored_bytes=self._stored_bytes,
-            )
-            self._copy.size_bytes = received_bytes
+        if size_bytes is None and self._place is not None:
+            house.admission.grow(self._place, received_bytes)
 
     def _send(self, data: bytes, last: bool) -> None:
         assert self._copy is not None
@@ -158,11 +155,13 @@ class _UploadSubmission:
     # --- the end ---
 
     def _over(self) -> None:
-        uid, key = self._peer.uid, self._params.key
-        if self._copy is not None:
-            self._house.under_way.ended(uid, key)
+        admission, uid, key = self._house.admission, self._peer.uid, self._params.key
+        if self._place is not None:
+            admission.leave(self._place)
+            self._house.under_way.ended(uid, key)  # who waits finds the place free
         else:  # its client may have gone, and hundreds of others like it
             self._house.under_way.stop_waiting(uid, key, self._look_up)
+        admission.answered(uid)
 
     def _given_up(self, error: WhisperdError) -> None:
         if self._copy is None:
@@ -181,5 +180,5 @@ class _UploadSubmission:
     def _copied(self, copied: Copied) -> None:
         assert self._copy is not None
         self._house.uploads.remove(self._peer, self._upload)
-        early, lane = early_fingerprints(copied.size_bytes, self._params.options)[0], self._house.receiving
-        accept(self._call, self._params, early=early, lane=lane, copy=self._copy, copied=copied)
+        early = early_fingerprints(copied.size_bytes, self._params.options)[0]
+        accept(self._call, self._params, early=early, folder=self._copy.folder, copied=copied)
