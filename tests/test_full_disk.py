@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.audio_files import write_audio, write_silence
+from tests.media_server import serving
 from tests.support import (
     NO_MODEL,
     Daemon,
@@ -200,6 +201,34 @@ def test_a_full_disk_delays_and_loses_nothing(
         assert told == [segment["text"] for segment in transcript["segments"]]
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.log()
+
+
+def test_a_site_is_not_asked_again_and_again_while_the_disk_is_nearly_full(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    """What a download needs is known only once the site was asked."""
+    settings = {"fetch_allow_private": True, "fetch_extractors": ["generic"], "full_disk_pause_s": 0.2}
+    daemon = tiny(model=NO_MODEL, **settings)
+    daemon.start()
+    with serving(recording(60)) as server, daemon.client() as client:  # 2 MB
+
+        def rests_until() -> float | None:
+            until: float | None = client.call("stats")["lanes"]["fetch"]["rests_until"]
+            return until
+
+        bound = client.call("stats")["min_free_bytes"]
+        client.call("pause")
+        job = client.call("submit", source={"kind": "url", "url": server.url("talk.wav")})["job"]
+        leave(daemon, client, bound - 2**19)
+        client.call("resume")
+        rests = {wait_until(rests_until)}
+        asked = server.asked.copy()
+        wait_until(lambda: rests.add(rests_until()) or len(rests - {None}) > 4)  # type: ignore[func-returns-value]
+        assert server.asked == asked
+        leave(daemon, client, bound + 2**20)
+        wait_until(lambda: "for_s=0.8" in daemon.log(), message="there is room, and too little: each rest is longer")
+        (daemon.state_dir / "fill").unlink()
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["state"] == "queued")
 
 
 def test_decoding_pauses_on_a_full_disk_and_goes_on_by_itself(

@@ -211,7 +211,10 @@ class Config:
     )
     disk_check_s: float = _setting(5.0, "How often the free room is looked at, in seconds.", low=0.1)
     full_disk_pause_s: float = _setting(
-        10.0, "Seconds that decoding and downloads pause after they met a full disk, before they try again.", low=0.1
+        10.0,
+        "Seconds that decoding and downloads pause after they met a full disk, before they look again. Where there is "
+        "room, but too little, each pause is twice as long, up to ten minutes.",
+        low=0.1,
     )
     spool_bytes_per_user: int = _setting(
         64 * 2**30,

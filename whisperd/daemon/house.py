@@ -103,6 +103,7 @@ class House:
             config,
             lambda: self.model.identity,
             lambda: self.modelling.paused,
+            lambda: self.disk.free_bytes - config.kept_free_bytes,
         )
         self.disk = Disk(loop, config, self.ledger, database.ballast, lambda: self._changed(Change()))
         self.housekeeping = Housekeeping(loop, self.ledger, guard, mark)

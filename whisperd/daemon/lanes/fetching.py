@@ -26,8 +26,8 @@ from whisperd.protocol.jobs import Priority
 log = logging.getLogger("whisperd.lanes")
 
 _BACKOFF_FACTOR = 3
-# While nothing can be had: the longest rest between two looks, and after how many (two hours) failures count again.
-_MAX_OUTAGE_REST_S = 600.0
+# While nothing can be had: the longest rest between two tries, and after how many (two hours) failures count again.
+_MAX_REST_S = 600.0
 _MAX_OUTAGE_RESTS = 15
 
 
@@ -42,7 +42,10 @@ class _Rest:
 
 
 class FetchLane(RunLane):
-    """Downloads pending runs. One is active from the commit of its start on."""
+    """Downloads pending runs. One is active from the commit of its start on.
+
+    `room` tells how many bytes of the disk it may take now.
+    """
 
     def __init__(
         self,
@@ -52,14 +55,16 @@ class FetchLane(RunLane):
         config: Config,
         model: Callable[[], Sequence[Any]],
         paused: Callable[[], bool],
+        room: Callable[[], int],
     ) -> None:
         super().__init__(make_pool, ledger, loop, ledger.board.to_fetch, Turns(config.interactive_in_a_row))
-        self._config, self._model = config, model
+        self._config, self._model, self._room = config, model, room
         self._paused = paused  # by an administrator: nothing is begun
         self._backing_off: set[int] = set()
         self._rest: _Rest | None = None
         self._failing: set[int] = set()  # runs whose last try was in vain, none having succeeded since
         self._outage_rests = 0  # in a row
+        self._full_rest_s = 0.0  # the last one for want of room on the disk, no download having succeeded since
         self._stopping = False
 
     # -- what others read ----------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class FetchLane(RunLane):
             if error.code != ErrorCode.STORAGE_FULL:
                 give_up(self._loop, self._ledger, run_id, error, lambda change: self._drop(run_id))
                 return
-            self._rest_for(self._config.full_disk_pause_s, error.message)
+            self._rest_until_room(error.message)
             self._drop(run_id)
 
         self._ledger.commit(lambda db, now: store.fetch_started(db, run_id, folder, now), then, failed, new_work=True)
@@ -195,7 +200,7 @@ class FetchLane(RunLane):
         if not message.transient:
             self._settle(run_id, lambda db, now: store.fail(db, run_id, error, now), "failed")
         elif message.code == ErrorCode.STORAGE_FULL:
-            self._rest_for(self._config.full_disk_pause_s, message.message)
+            self._rest_until_room(message.message)
             self._settle(
                 run_id,
                 lambda db, now: store.fetch_failed(db, run_id, error, now, counts=False),
@@ -235,7 +240,7 @@ class FetchLane(RunLane):
             self._try_again(run_id, error, f"trying again in {delay_s:.0f} s: {error.message}")
             return
         if self._rest is None:
-            rest_s = min(self._config.fetch_backoff_s * _BACKOFF_FACTOR**self._outage_rests, _MAX_OUTAGE_REST_S)
+            rest_s = min(self._config.fetch_backoff_s * _BACKOFF_FACTOR**self._outage_rests, _MAX_REST_S)
             self._outage_rests += 1
             self._rest_for(rest_s, "several in a row have failed; check the network", outage=True)
         self._try_again(run_id, error, f"waiting, as others have failed too: {error.message}", counts=False)
@@ -245,9 +250,9 @@ class FetchLane(RunLane):
         self._settle(run_id, lambda db, now: store.fetch_failed(db, run_id, error, now, counts=counts), phase)
 
     def _succeeded(self) -> None:
-        """The network is there: what fails now does so by itself."""
+        """The network is there, and room: what fails now does so by itself."""
         self._failing.clear()
-        self._outage_rests = 0
+        self._outage_rests, self._full_rest_s = 0, 0.0
         if self._rest is not None and self._rest.outage:
             self._rest = None
 
@@ -261,7 +266,16 @@ class FetchLane(RunLane):
         self._backing_off.add(run_id)
         self._loop.call_later(delay_s, go_on)
 
-    def _rest_for(self, delay_s: float, reason: str, *, outage: bool = False) -> None:
+    def _rest_until_room(self, reason: str) -> None:
+        """Rest while the disk has no room at all, and each time twice as long: a download may need more than there is.
+
+        A look at the disk costs nothing, but a try asks the site for all but the recording, and sites count that.
+        """
+        if self._rest is None or not self._full_rest_s:  # else several have met the full disk together
+            self._full_rest_s = max(self._config.full_disk_pause_s, min(2 * self._full_rest_s, _MAX_REST_S))
+        self._rest_for(self._full_rest_s, reason, until_room=True)
+
+    def _rest_for(self, delay_s: float, reason: str, *, outage: bool = False, until_room: bool = False) -> None:
         """Begin no download for a while; of several reasons the one that lasts longest counts.
 
         An outage gives way to any other: that one holds also for what somebody waits for, and a network is there.
@@ -270,13 +284,18 @@ class FetchLane(RunLane):
         rest = _Rest(reason=reason, until_s=until_s, until=until, outage=outage)
         if self._rest is not None and not self._rest.outage and self._rest.until_s >= until_s:
             return
-        log.warning("fetch lane rests for_s=%.0f reason=%s", delay_s, reason)
+        if self._rest is None or self._rest.reason != reason:
+            log.warning("fetch lane rests for_s=%g reason=%s", delay_s, reason)
         self._rest = rest
 
         def go_on() -> None:
-            if self._rest is rest:
-                log.info("fetch lane goes on")
-                self._rest = None
-                self.pump()
+            if self._rest is not rest:
+                return
+            if until_room and self._room() <= 0:
+                self._rest_for(self._config.full_disk_pause_s, reason, until_room=True)
+                return
+            log.info("fetch lane goes on")
+            self._rest = None
+            self.pump()
 
         self._loop.call_later(delay_s, go_on)
