@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.audio_files import write_audio, write_silence
+from tests.ledgers import ledger_on
 from tests.media_server import serving
 from tests.support import (
     NO_MODEL,
@@ -27,6 +28,10 @@ from tests.support import (
     submit,
     wait_until,
 )
+from whisperd.daemon.config import Config
+from whisperd.daemon.loop import Loop
+from whisperd.daemon.state.disk import Disk
+from whisperd.daemon.state.spool import Spool
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
 
@@ -180,6 +185,35 @@ def test_a_full_disk_can_be_tidied_for_ever(tmp_path: Path) -> None:
             assert db.execute("SELECT id FROM things").fetchall() == [(7,)]
             assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         database.stop()
+
+
+def test_what_waits_for_room_is_begun_also_where_the_disk_was_full_between_two_looks(tmp_path: Path) -> None:
+    config = Config(socket=tmp_path / "s", state_dir=tmp_path, cache_dir=tmp_path, ballast_bytes=2**20, disk_check_s=60)
+    ballast, loop = Ballast(tmp_path / "ballast", config.ballast_bytes), Loop()
+    database = Database(tmp_path / "db", ballast=ballast, deliver=loop.call_soon_threadsafe, failed=pytest.fail)
+    ledger = ledger_on(loop, database, Spool(tmp_path / "spool"))
+    roomy: list[bool] = []
+    disk = Disk(loop, config, ledger, ballast, lambda: roomy.append(not disk.full))
+    disk.prepare()
+    database.start()
+
+    def run(call: Callable[[sqlite3.Connection], None]) -> None:
+        database.call(call, lambda outcome: loop.stop())  # after all that was handed over before it
+        loop.run()
+
+    def look() -> None:
+        disk.look()
+        run(lambda db: None)
+
+    look()
+    run(lambda db: ballast.give_to(tmp_path / "db-wal"))
+    assert ledger.full
+    assert roomy == []
+    look()
+    look()
+    assert roomy == [True], "told once"
+    loop.close()
+    database.stop()
 
 
 def test_a_full_disk_delays_and_loses_nothing(

@@ -12,20 +12,14 @@ import msgpack
 import psutil
 import pytest
 
+from tests.ledgers import ledger_on
 from tests.support import NO_MODEL, Daemon, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
 from whisperd.daemon.loop import Loop
-from whisperd.daemon.metrics import Metrics
-from whisperd.daemon.scheduler import Turns
-from whisperd.daemon.state.board import Board
 from whisperd.daemon.state.inventory import Inventory
-from whisperd.daemon.state.ledger import Ledger
 from whisperd.daemon.state.spool import Spool
-from whisperd.daemon.state.telling import Teller
-from whisperd.daemon.store import Retention, Store
 from whisperd.daemon.store.database import Database
-from whisperd.daemon.watchers import Watchers
 
 MIB = 2**20
 
@@ -124,17 +118,7 @@ def test_a_flood_of_stats_is_one_count_at_a_time(tmp_path: Path) -> None:
     loop = Loop()
     database = Database(tmp_path / "db", deliver=loop.call_soon_threadsafe, failed=lambda reason: None)
     spool = CountedSpool(tmp_path / "spool")
-    board, watchers = Board(Turns(16)), Watchers(most_per_user=1, unlimited=lambda uid: True)
-    ledger = Ledger(
-        database=database,
-        store=Store(Retention(jobs_s=1, keys_s=1, failed_audio_s=1)),
-        board=board,
-        watchers=watchers,
-        teller=Teller(loop, board, watchers),
-        spool=spool,
-        metrics=Metrics(),
-    )
-    inventory = Inventory(loop, ledger, str(database.path))
+    inventory = Inventory(loop, ledger_on(loop, database, spool), str(database.path))
     answers: list[object] = []
 
     def ask(left: int) -> None:

@@ -22,6 +22,7 @@ class Disk:
     ) -> None:
         self._loop, self._config, self._ledger, self._ballast, self._roomy = loop, config, ledger, ballast, roomy
         self._was_full = False
+        self._times_made = 0  # of the ballast, when it was looked at last
         self._unusable = ""  # why nothing can be put there
         self.free_bytes = 0
 
@@ -49,7 +50,7 @@ class Disk:
         """Look for the first time, before the loop runs. Raises `OSError`."""
         self._ballast.make()
         self.free_bytes = free_bytes(self._config.state_dir)
-        self._was_full = self._ledger.full
+        self._was_full, self._times_made = self._ledger.full, self._ballast.times_made
 
     def refuse_when_full(self) -> None:
         """Raise `storage_full` while no new work can be taken."""
@@ -84,8 +85,10 @@ class Disk:
                 log.error("the state folder can%s be used error=%s", "not" if unusable else "", unusable or None)
             self._unusable = unusable
             self._loop.call_later(self._config.disk_check_s, self.look)
-            was_full, self._was_full = self._was_full, self._ledger.full
-            if was_full and not self._was_full:
+            self._was_full = self._ledger.full
+            # Not by what it was at the last look: it may have been full, and begun nothing, since then.
+            times_made, self._times_made = self._times_made, self._ballast.times_made
+            if times_made != self._times_made:
                 log.info("the disk has room again free_bytes=%d", self.free_bytes)
                 self._roomy()
 

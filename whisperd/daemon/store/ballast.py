@@ -20,11 +20,15 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Ballast:
-    """The file. For the store thread; `missing` may be read anywhere. A size of 0 does without one."""
+    """The file. For the store thread; `missing` may be read anywhere. A size of 0 does without one.
+
+    `times_made` grows each time that it is there after it was missing.
+    """
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self._path, self._size_bytes = path, size_bytes
         self.missing = size_bytes > 0
+        self.times_made = 0
 
     def make(self) -> None:
         """Make it, if it is missing and the disk has room for two: the second is what others may go on with."""
@@ -32,7 +36,7 @@ class Ballast:
             self._unlink()
             return
         if self._is_whole():
-            self.missing = False
+            self._note_there()
             return
         self._unlink()  # of another size, or only half written when the daemon was killed
         if free_bytes(self._path.parent) < 2 * self._size_bytes:
@@ -44,7 +48,7 @@ class Ballast:
             self._unlink()
         else:
             log.info("ballast made path=%s", self._path)
-            self.missing = False
+            self._note_there()
 
     def give_to(self, path: Path) -> None:
         """Drop it, and give half of its room to the end of a file; the other half is for whoever needs it first."""
@@ -63,6 +67,10 @@ class Ballast:
         with contextlib.suppress(OSError):  # a folder that cannot be read is the next caller's to tell
             if free_bytes(self._path.parent) < needed_bytes and self._path.exists():
                 self._drop()
+
+    def _note_there(self) -> None:
+        self.times_made += self.missing
+        self.missing = False
 
     def _drop(self) -> None:
         log.warning("the disk is full: ballast dropped path=%s", self._path)
