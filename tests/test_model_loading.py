@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import whisper
-from whisper.model import Whisper
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from whisper.model import Conv1d, Linear, ModelDimensions, Whisper
 
 from tests import models
+from tests.test_model_huggingface import write_folder as write_transformers_folder
 from whisperd.model import loading
 from whisperd.model.formats.checkpoint import read_checkpoint
 from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
@@ -36,9 +41,9 @@ def refusal(setting: str | Path, cache_dir: Path, **options: str) -> str:
     return raised.value.message
 
 
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.micro_checkpoint(tmp_path_factory.mktemp("micro"))
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # teams of threads of tests beside each other wait for each other
 
 
 def write_folder(folder: Path, model: Whisper, kind: str, heads: list[list[int]]) -> Path:
@@ -127,8 +132,63 @@ def test_the_demo_is_tiny_en_with_its_alignment_heads(tmp_path: Path) -> None:
 
 def test_no_weight_is_drawn_that_is_overwritten(micro: Path) -> None:
     weights, before = read_checkpoint(micro), torch.get_rng_state()
-    loading.build(weights, "micro")
+    loading.build(weights, "micro", device=CPU, dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, micro: Path) -> dict[str, Path]:
+    """A small model as each kind of file; the weights of `float32` are no others' in half precision."""
+    folder = tmp_path_factory.mktemp("files")
+    upstream = whisper.load_model(str(micro), device="cpu")
+    return {
+        "checkpoint": micro,
+        "float32": models.babbler_checkpoint(folder),
+        "ctranslate2": write_folder(folder / "ctranslate2", upstream, "float16", heads=[[0, 1]]),
+        "transformers": write_transformers_folder(folder / "transformers", upstream, dtype=torch.float16),
+    }
+
+
+class Made(TorchFunctionMode):
+    """Keeps the shape and type of each tensor that gets memory, beside those that lie in a file."""
+
+    def __init__(self, file: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._in_file = {value.untyped_storage().data_ptr() for value in file.values()}
+        self.tensors: set[tuple[torch.Size, torch.dtype]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        has_memory = isinstance(made, Tensor) and made.device == CPU and made.layout is torch.strided
+        if has_memory and made.untyped_storage().data_ptr() not in self._in_file:
+            self.tensors.add((made.shape, made.dtype))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["checkpoint", "float32", "ctranslate2", "transformers"])
+def test_weights_are_cast_once_and_the_model_is_never_there_in_float32(
+    tmp_path: Path, files: dict[str, Path], kind: str, dtype: torch.dtype
+) -> None:
+    _, weights = loading.read_weights(str(files[kind]), cache_dir=tmp_path, on_step=lambda: None, environ={})
+    wanted = Whisper(ModelDimensions(**weights.dims))  # the long way: all of it in float32 first
+    wanted.load_state_dict(weights.state)
+    matrices = set()
+    for module in wanted.modules():
+        if isinstance(module, Linear | Conv1d | nn.Embedding):
+            matrices.add(module.to(dtype).weight.shape)
+    with Made(weights.state) as made:
+        model = loading.build(weights, kind, device=CPU, dtype=dtype)
+    assert {(shape, each) for shape, each in made.tensors if shape in matrices} == {
+        (shape, dtype) for shape in matrices
+    }
+    given = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, value in [*wanted.named_parameters(), *wanted.named_buffers()]:
+        if name == "alignment_heads":
+            assert given[name].to_dense().tolist() == [[weights.alignment_heads is None, True]]
+        else:
+            assert given[name].dtype == value.dtype, name
+            assert torch.equal(given[name], value), name
 
 
 def test_turbo_is_known_by_its_shape() -> None:

@@ -75,15 +75,9 @@ def load(
     kind = choose_dtype(dtype, place)
     name, weights = read_weights(setting, cache_dir=cache_dir, on_step=on_step, environ=environ)
     on_step()
-    model = build(weights, name)
+    model = build(weights, name, device=place, dtype=kind)
     on_step()
-    if kind is not torch.float32:
-        # Casting once what openai-whisper casts at every call gives the same numbers: norms and positions stay
-        # float32 there too.
-        for module in model.modules():
-            if isinstance(module, Linear | Conv1d | nn.Embedding):
-                module.to(kind)
-    return LoadedModel(whisper=model.to(place).eval(), name=name, device=place, dtype=kind)
+    return LoadedModel(whisper=model.eval(), name=name, device=place, dtype=kind)
 
 
 def choose_device(setting: str) -> torch.device:
@@ -188,23 +182,35 @@ def _checked_sha256(path: Path, cache_dir: Path, on_step: Callable[[], None]) ->
     return digest.hexdigest()
 
 
-class _LeaveUnfilled(TorchFunctionMode):
-    """Makes random initial weights cost nothing: each of them is overwritten a moment later."""
+class _WithoutWeights(TorchFunctionMode):
+    """Makes layers cost nothing: their weights are shapes without memory until those of the file are put in."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
         if getattr(func, "__module__", None) == nn.init.__name__:
             return kwargs["tensor"]  # they hand their arguments on by name
-        return func(*args, **(kwargs or {}))
+        if func is torch.empty and "device" in kwargs:  # so a layer asks; what else a Whisper has, it computes
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
-def build(weights: Weights, name: str) -> Whisper:
-    """Return the `Whisper` of these weights, float32, on the CPU. Raises `WhisperdError` (`model_unavailable`)."""
+def build(weights: Weights, name: str, *, device: torch.device, dtype: torch.dtype) -> Whisper:
+    """Return the `Whisper` of these weights on the device, its matrices in `dtype`, all else in float32.
+
+    Each weight is cast on its way out of the file, and one at a time: no other copy of the model is ever made.
+    Raises `WhisperdError` (`model_unavailable`).
+    """
     try:
         dims = ModelDimensions(**weights.dims)
-        with _LeaveUnfilled():
+        with _WithoutWeights():
             model = Whisper(dims)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise unavailable(f"model {name!r} has dimensions that are not a Whisper model's ({error})") from None
+    for module in model.modules():
+        # Casting once what openai-whisper casts at every call gives the same numbers: norms and positions stay float32
+        # there too.
+        if isinstance(module, Linear | Conv1d | nn.Embedding):
+            module.to(dtype)
     wanted, given = model.state_dict(), weights.state
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:
@@ -214,7 +220,12 @@ def build(weights: Weights, name: str) -> Whisper:
     if wrong:
         shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
         raise unavailable(f"model {name!r} does not fit its own dimensions: {wrong[0]!r} is {shapes}")
-    model.load_state_dict(given)
+    # Copies in any case: a file that is overwritten under a living process must not change its model.
+    state = {
+        key: given[key].detach().to(device, value.dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, value in wanted.items()
+    }
+    model.load_state_dict(state, assign=True)
     if weights.alignment_heads is not None:
         mask = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)
         try:
@@ -222,4 +233,4 @@ def build(weights: Weights, name: str) -> Whisper:
         except IndexError:
             raise unavailable(f"model {name!r} names alignment heads that it does not have") from None
         model.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
-    return model
+    return model.to(device)
