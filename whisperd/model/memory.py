@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 from pathlib import Path
 
 import torch
@@ -34,6 +35,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_MB * _MB)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_MB * _MB)
+
+
+def forget_pages(read: torch.Tensor) -> None:
+    """Take a tensor of a mapped file, which has been read, out of this process's memory; the file has it still.
+
+    For mapped files alone that nobody wrote to: what lies elsewhere would be zeros.
+    """
+    whole = read.untyped_storage()
+    end = min(read.data_ptr() + read.nbytes, whole.data_ptr() + whole.nbytes())
+    first, last = -(-read.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def limit_cuda(device: torch.device, limit_mb: int) -> None:

@@ -19,8 +19,9 @@ def read_checkpoint(path: Path, *, heads_of: str | None = None) -> Weights:
 
     Raises `WhisperdError` (`model_unavailable`), saying what the file is instead.
     """
+    mapped = _is_zip(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # What torch says at length, people need in few words.
         raise unavailable(
@@ -40,7 +41,7 @@ def read_checkpoint(path: Path, *, heads_of: str | None = None) -> Weights:
         mask = np.frombuffer(gzip.decompress(base64.b85decode(whisper._ALIGNMENT_HEADS[heads_of])), dtype=bool)
         layers, numbers = mask.reshape(dims["n_text_layer"], dims["n_text_head"]).nonzero()
         heads = list(zip(layers.tolist(), numbers.tolist(), strict=True))
-    return Weights(dims=dims, state=checkpoint["model_state_dict"], alignment_heads=heads)
+    return Weights(dims=dims, state=checkpoint["model_state_dict"], alignment_heads=heads, mapped=mapped)
 
 
 def _is_zip(path: Path) -> bool:

@@ -47,7 +47,9 @@ def read_ctranslate2_folder(folder: Path) -> Weights:
             "take the float16 or float32 conversion of the same model",
         )
     try:
-        return Weights(dims=_dims(variables), state=_state(variables), alignment_heads=_alignment_heads(folder))
+        return Weights(
+            dims=_dims(variables), state=_state(variables), alignment_heads=_alignment_heads(folder), mapped=True
+        )
     except KeyError as missing:
         raise cannot_load(
             folder, f"its model.bin has no {missing.args[0]!r}, so it holds no whole Whisper model"

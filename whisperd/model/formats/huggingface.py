@@ -79,7 +79,7 @@ def read_transformers_folder(folder: Path) -> Weights:
         raise cannot_load(
             folder, "its proj_out differs from its token embedding, which openai-whisper has no place for"
         )
-    return Weights(dims=dims, state=state, alignment_heads=_alignment_heads(folder, config))
+    return Weights(dims=dims, state=state, alignment_heads=_alignment_heads(folder, config), mapped=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

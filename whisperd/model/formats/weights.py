@@ -13,12 +13,14 @@ from whisperd.protocol.errors import ErrorCode, WhisperdError
 class Weights:
     """openai-whisper's dimensions and state dict.
 
-    `alignment_heads` are (layer, head) pairs, or None where the file names none.
+    `alignment_heads` are (layer, head) pairs, or None where the file names none. `mapped` if all of the state lies in a
+    mapped file, which is read where it is looked at.
     """
 
     dims: dict[str, int]
     state: dict[str, torch.Tensor]
     alignment_heads: list[tuple[int, int]] | None
+    mapped: bool = False
 
 
 def unavailable(message: str) -> WhisperdError:
