@@ -24,6 +24,7 @@ from whisperd.protocol.helper_messages import Heartbeat, HelperMessage, ModelSta
 log = logging.getLogger("whisperd.model")
 
 _MAX_FAILED_LOADS = 3
+_MODEL_FILES = ("model.bin", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
 class ModelProcess:
@@ -328,7 +329,7 @@ class ModelProcess:
 
 
 def model_identity(config: Config, named: Checkpoint | None) -> list[Any]:
-    """Return what tells one model's results from another's: its name and type, and a file's size and age.
+    """Return what tells one model's results from another's: its name and type, and its files' sizes and ages.
 
     As of the helper's start: a file that is replaced under a loaded model does not change what that answers. The type
     as it is set: what `auto` comes to is known once the model is loaded, and jobs are accepted before.
@@ -336,8 +337,15 @@ def model_identity(config: Config, named: Checkpoint | None) -> list[Any]:
     identity: list[Any] = [config.model, config.dtype]
     if named is not None:  # a name of the configuration's own list may come to mean another file
         return identity if config.model in CHECKPOINTS else [*identity, named.sha256]
-    for path in (Path(config.model, "model.bin"), Path(config.model)):
-        with contextlib.suppress(OSError):  # not a folder; or a name, not a path
-            status = path.stat()
-            return [*identity, status.st_size, status.st_mtime_ns]
+    # Not a path but a name; `~` of somebody unknown; or it cannot be read: the helper says what is wrong.
+    with contextlib.suppress(OSError, RuntimeError):
+        path = Path(config.model).expanduser()
+        for file in _files_of(path) if path.is_dir() else [path]:
+            status = file.stat()
+            identity += [status.st_size, status.st_mtime_ns]
     return identity
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return the files that a model's folder is read from, in CTranslate2's or in Hugging Face's format."""
+    return sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
