@@ -116,7 +116,10 @@ class Config:
         high=256,
     )
     device_memory_mb: int = _setting(
-        0, "On CUDA: how much of the GPU's memory the model's process may take, in MiB; 0 for all that is free.", low=0
+        0,
+        "On CUDA alone: how much of the GPU's memory the model may take, in MiB, beside what CUDA itself takes for its "
+        "process; 0 for all that is free. On a CPU `batch_windows` is what keeps the model small.",
+        low=0,
     )
     open_runs: int = _setting(
         0,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,20 +50,22 @@ def forget_pages(read: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
-def limit_cuda(device: torch.device, limit_mb: int) -> None:
+def limit_cuda(device: torch.device, limit_mb: int, *, cuda: Any = torch.cuda) -> None:
     """Let this process take so much of a GPU at most (0: all of it); beyond it torch says out of memory."""
     if device.type == "cuda" and limit_mb:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mb * _MB / total), device)
+        total = cuda.get_device_properties(device).total_memory
+        cuda.set_per_process_memory_fraction(min(1.0, limit_mb * _MB / total), device)
 
 
-def free_bytes(device: torch.device, *, limit_mb: int = 0) -> int:
-    """Return what may still be taken: of the GPU, within the limit, or of the machine."""
+def free_bytes(
+    device: torch.device, *, limit_mb: int = 0, cuda: Any = torch.cuda, meminfo: Path = Path("/proc/meminfo")
+) -> int:
+    """Return what may still be taken: of the GPU, within the limit, or of the machine, which has none."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        left = limit_mb * _MB - torch.cuda.memory_reserved(device)
-        return min(free, left) if limit_mb else free
-    for line in Path("/proc/meminfo").read_text().splitlines():
+        free, _ = cuda.mem_get_info(device)
+        left = limit_mb * _MB - cuda.memory_reserved(device)
+        return int(min(free, left) if limit_mb else free)
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
