@@ -110,6 +110,35 @@ def test_another_file_under_the_key_is_a_conflict(daemon: Daemon, recording: Cal
         assert [error_of(lambda other=other: taken(client, other)) for other in others] == ["key_conflict"] * 2
 
 
+def test_who_has_another_file_under_the_key_does_not_keep_its_job(
+    daemon: Daemon, recording: Callable[..., Path]
+) -> None:
+    path, other = recording(), recording()
+    with daemon.client() as client, daemon.client() as stranger:
+        with daemon.client() as holder:
+            job = submit(holder, path, key=KEY, attached=True)
+            assert error_of(lambda: submit(stranger, other, key=KEY, attached=True)) == "key_conflict"
+            assert client.call("result", job=job["id"])["job"]["state"] == "queued"
+        assert client.result(job["id"], timeout_s=30)["job"]["state"] == "cancelled"
+
+
+def test_who_has_the_file_keeps_its_job_whatever_else_he_sent_under_the_key(
+    daemon: Daemon, recording: Callable[..., Path]
+) -> None:
+    path, other = recording(), recording()
+    with daemon.client() as client, daemon.client() as again:
+        with daemon.client() as holder:
+            job = submit(holder, path, key=KEY, attached=True)
+            copier = held_copier(daemon)
+            wrong, right = (send(again, file, attached=True) for file in (other, path))
+            again.call("jobs")  # asks the store, after it was asked for the keys
+        wait_until(lambda: client.call("stats")["connections"] == 2)
+        copier.resume()
+        assert error_of(lambda: taken(again, wrong)) == "key_conflict"
+        assert taken(again, right)["job"]["id"] == job["id"]
+        assert client.call("result", job=job["id"])["job"]["state"] == "queued"
+
+
 def test_where_the_first_comes_to_nothing_the_second_has_its_place(
     daemon: Daemon, recording: Callable[..., Path]
 ) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.helper_process import HelperProcess
@@ -409,6 +412,25 @@ def test_all_bytes_there_and_a_key_outlive_their_client(
     (job,) = wait_until(named)
     known = taken(client, begin(client, len(data), key="came whole"))
     assert (known["job"]["id"], known["job"]["source"]["kind"]) == (job["id"], "upload")
+
+
+def test_an_upload_that_came_whole_before_its_look_up_and_whose_client_left_is_no_job(
+    client: RawClient, shared: Daemon
+) -> None:
+    daemon = psutil.Process(shared.pid)
+    with closing(sqlite3.connect(shared.state_dir / "whisperd.sqlite3")) as person:
+        person.isolation_level = None
+        person.execute("BEGIN IMMEDIATE")  # the store stands still
+        descriptors = daemon.num_fds()
+        with shared.client() as leaver:
+            number = begin(leaver, 100, name="nobody's")
+            leaver.send("chunk", upload=number, data=bytes(100), last=True)
+            leaver.call("hello")
+        wait_until(lambda: daemon.num_fds() == descriptors, message="its connection is closed")
+        person.execute("ROLLBACK")
+    idle = {"active": 0, "waiting": 0}
+    wait_until(lambda: client.call("stats")["lanes"]["upload"].items() >= idle.items())
+    assert "nobody's" not in {job["source"]["name"] for job in client.call("jobs")["jobs"]}
 
 
 def test_an_attached_upload_ends_with_its_connection(

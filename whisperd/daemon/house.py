@@ -255,6 +255,11 @@ class House:
         elif not self.watchers.held(job_id):
             self.cancel_unheld(job_id)
 
+    def let_go(self, job_id: int, peer: Peer) -> None:
+        """Take one `hold` back."""
+        if self.watchers.let_go(job_id, peer) and not self.stopping:
+            self.cancel_unheld(job_id)
+
     def cancel_unheld(self, job_id: int) -> None:
         """Cancel a job that has lost its last holder."""
         log.info("job=%d nobody holds it any more", job_id)

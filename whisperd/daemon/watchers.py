@@ -83,7 +83,9 @@ class Watchers:
         self._subscriptions: defaultdict[int, dict[_Key, Subscription]] = defaultdict(dict)
         self._of_users: defaultdict[int, dict[_Key, Subscription]] = defaultdict(dict)  # by uid
         self._waits: defaultdict[int, dict[_Key, Wait]] = defaultdict(dict)
-        self._holders: defaultdict[int, set[int]] = defaultdict(set)
+        self._holders: defaultdict[int, Counter[int]] = defaultdict(
+            Counter
+        )  # by job: peers, and how often each holds it
         self._per_user: Counter[int] = Counter()
         self._of_peers: defaultdict[int, _Mine] = defaultdict(_Mine)
 
@@ -191,9 +193,28 @@ class Watchers:
     # -- holders of attached jobs --------------------------------------------------------------------------------
 
     def hold(self, job_id: int, peer: Peer) -> None:
-        """Note that a job lives as long as this peer does."""
-        self._holders[job_id].add(peer.id)
+        """Note that a job lives as long as this peer does, unless the peer lets go as often as it holds."""
+        self._holders[job_id][peer.id] += 1
         self._of_peers[peer.id].held.add(job_id)
+
+    def let_go(self, job_id: int, peer: Peer) -> bool:
+        """Take one `hold` back; return True when the job has lost its last holder by it."""
+        mine = self._of_peers.get(peer.id, _Mine())
+        if job_id not in mine.held:  # it has ended, or its peer has
+            return False
+        self._holders[job_id][peer.id] -= 1
+        if self._holders[job_id][peer.id]:
+            return False
+        mine.held.discard(job_id)
+        return self._orphans(job_id, peer)
+
+    def _orphans(self, job_id: int, former: Peer) -> bool:
+        """Forget a holder; return True when it was the job's last."""
+        del self._holders[job_id][former.id]
+        if self._holders[job_id]:
+            return False
+        del self._holders[job_id]
+        return True
 
     def held(self, job_id: int) -> bool:
         """True when an attached job has a holder left."""
@@ -211,11 +232,6 @@ class Watchers:
             self._unwait(job_id, key)
         for request_id in list(mine.admitted):
             self.release(peer, request_id)
-        orphaned = []
-        for job_id in mine.held:
-            self._holders[job_id].discard(peer.id)
-            if not self._holders[job_id]:
-                del self._holders[job_id]
-                orphaned.append(job_id)
+        orphaned = [job_id for job_id in mine.held if self._orphans(job_id, peer)]
         self._of_peers.pop(peer.id, None)
         return orphaned

@@ -8,7 +8,8 @@ from typing import Any
 from whisperd.daemon.keys import digest, fingerprints, share_key
 from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store.rows import Change, NewJob, about
-from whisperd.protocol.errors import WhisperdError
+from whisperd.daemon.wire.server import Peer
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import Copied
 from whisperd.protocol.messages import Submit, source_to_wire
 
@@ -35,6 +36,12 @@ def fingerprint_of(early: bytes, copied: Copied) -> bytes:
 def outlives_client(params: Submit) -> bool:
     """True when a client that is gone can ask again by key and find its job: without one it never learns its id."""
     return params.key is not None and not params.attached
+
+
+def refuse_when_useless(peer: Peer, params: Submit) -> None:
+    """Raise `cancelled` where nobody could learn of the job any more, or hold it."""
+    if peer.closed and not outlives_client(params):
+        raise WhisperdError(ErrorCode.CANCELLED, "the client left before its recording was taken")
 
 
 def accept(call: Call, params: Submit, *, early: bytes, folder: str, copied: Copied) -> None:

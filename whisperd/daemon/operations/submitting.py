@@ -12,7 +12,13 @@ from typing import Any
 
 from whisperd.daemon.admission import Place
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import accept, early_fingerprints, fingerprint_of, outlives_client
+from whisperd.daemon.operations.accepting import (
+    accept,
+    early_fingerprints,
+    fingerprint_of,
+    outlives_client,
+    refuse_when_useless,
+)
 from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import key_conflict
 from whisperd.daemon.store.rows import Change, about
@@ -101,20 +107,18 @@ class _Submission:
             if key is not None and row is not None and not row["fingerprint"].startswith(self._early):
                 self._give_up(key_conflict(key))
                 return
-            if row is not None and self._params.attached:
-                # A holder that comes back holds its job from now on, not only once its file is copied again.
-                self._house.hold(row["job_id"], self._peer)
             if row is None:
                 self._admit_and_copy()
             else:
-                self._compare(row["fingerprint"][: len(self._early[0])])
+                self._compare(row["job_id"], row["fingerprint"][: len(self._early[0])])
 
         self._house.ledger.read(lambda db, now: store.look_up(db, uid, key, now), then, self._give_up, by=self._peer)
 
     def _admit_and_copy(self) -> None:
         house, uid, key = self._house, self._peer.uid, self._params.key
         try:
-            self._refuse_when_useless()
+            self._house.refuse_when_stopping()
+            refuse_when_useless(self._peer, self._params)
         except WhisperdError as error:
             self._give_up(error)
             return
@@ -136,10 +140,11 @@ class _Submission:
         )
         house.copying.add(copy)
 
-    def _compare(self, early: bytes) -> None:
+    def _compare(self, job_id: int, early: bytes) -> None:
         """The key has a job. Hash the file, to see whether it is that job's: this takes no room, however full it is."""
         try:
-            self._refuse_when_useless()
+            self._house.refuse_when_stopping()
+            refuse_when_useless(self._peer, self._params)
             descriptor = os.dup(self._descriptor)  # ours is for the copy, should the key be free by then
         except WhisperdError as error:
             self._give_up(error)
@@ -149,15 +154,18 @@ class _Submission:
             message = f"whisperd has no descriptor to spare ({error.strerror}): upload it, under the same key"
             self._give_up(WhisperdError(ErrorCode.NO_DESCRIPTOR, message))
             return
+        if self._params.attached:
+            # A holder that comes back holds its job from now on: its former connection may end before the comparison.
+            self._house.hold(job_id, self._peer)
         reading = self._new_copy(
             descriptor=descriptor,
             keep=False,
-            copied=lambda copied: self._compared(fingerprint_of(early, copied)),
+            copied=lambda copied: self._compared(job_id, fingerprint_of(early, copied)),
             refused=self._give_up,
         )
         self._house.copying.add(reading)
 
-    def _compared(self, fingerprint: bytes) -> None:
+    def _compared(self, job_id: int, fingerprint: bytes) -> None:
         house, params, key = self._house, self._params, self._params.key
         store, uid = house.ledger.store, self._peer.uid
         assert key is not None, "it was looked up"
@@ -168,16 +176,16 @@ class _Submission:
                 return
             close_apart([self._descriptor])
             job, run = about(known)
-            if params.attached:
+            if params.attached and job.id != job_id:
                 house.hold(job.id, self._peer)
             self._call.reply({"job": self._call.show(job, run), "reused": True})
 
-        house.ledger.read(lambda db, now: store.rejoin(db, uid, key, fingerprint, now), then, self._give_up)
+        def refused(error: WhisperdError) -> None:
+            if params.attached and error.code == ErrorCode.KEY_CONFLICT:
+                house.let_go(job_id, self._peer)
+            self._give_up(error)
 
-    def _refuse_when_useless(self) -> None:
-        self._house.refuse_when_stopping()
-        if self._peer.closed and not outlives_client(self._params):
-            raise WhisperdError(ErrorCode.CANCELLED, "the client left before its file was copied")
+        house.ledger.read(lambda db, now: store.rejoin(db, uid, key, fingerprint, now), then, refused)
 
     def _new_copy(self, **how: Any) -> Copy:
         return Copy(

@@ -7,7 +7,7 @@ from typing import Any
 
 from whisperd.daemon.admission import Place
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import accept, early_fingerprints, outlives_client
+from whisperd.daemon.operations.accepting import accept, early_fingerprints, outlives_client, refuse_when_useless
 from whisperd.daemon.operations.call import Call
 from whisperd.daemon.store import Answer, key_conflict
 from whisperd.daemon.uploads import Upload
@@ -102,6 +102,7 @@ class _UploadSubmission:
         uid, priority, key = self._peer.uid, self._params.priority, self._params.key
         try:
             house.refuse_when_stopping()
+            refuse_when_useless(self._peer, self._params)
         except WhisperdError as error:
             self._end(error)
             return
