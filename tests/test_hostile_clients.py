@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.ledgers import ledger_on
-from tests.support import NO_MODEL, Daemon, error_of, requires_root, submit, wait_until
+from tests.support import NO_MODEL, Daemon, RawClient, error_of, requires_root, submit, wait_until
 from tests.test_admission import client_as
 from tests.test_daemon_faults import job_of_the_past
 from whisperd.daemon.loop import Loop
@@ -150,6 +150,12 @@ def test_stats_are_never_older_than_the_question(
             assert all(flood.reply(number)["result"]["jobs"]["total"]["cancelled"] == count for number in waiting)
 
 
+def turns_pass(client: RawClient) -> None:
+    """Return once the daemon has gone round its loop often enough to have seen what others sent before."""
+    for _ in range(10):
+        client.call("health")
+
+
 @requires_root
 def test_a_flood_of_calls_to_the_store_stops_at_its_own_user(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
@@ -167,4 +173,18 @@ def test_a_flood_of_calls_to_the_store_stops_at_its_own_user(
             person.execute("ROLLBACK")
             assert {flood.reply(number)["error"]["code"] for number in ids} == {"not_found"}
             assert flood.reply(behind)["ok"]
+
+            person.execute("BEGIN IMMEDIATE")
+            for number in range(1, 21):
+                flood.send("cancel", job=number)
+            turns_pass(other)
+            flood.close()
+            turns_pass(other)
+            with client_as(daemon, 20_001) as back:
+                behind = back.send("hello")
+                turns_pass(other)
+                with pytest.raises(TimeoutError):  # a new connection brings no new bounds
+                    back.receive(0.3)
+                person.execute("ROLLBACK")
+                assert back.reply(behind)["ok"]
             assert submit(other, recording())["state"] == "queued"

@@ -9,6 +9,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from whisperd.daemon.config import Config
 from whisperd.daemon.loop import READ, Loop, Timer
@@ -57,7 +58,8 @@ class Server:
         self._links: set[Link] = set()
         self._refused: set[Link] = set()
         self._per_user: Counter[int] = Counter()
-        self._budgets: dict[int, UserBudget] = {}
+        # Weak: what he has asked for keeps his budget, also where he has closed all his connections and comes anew.
+        self._budgets: WeakValueDictionary[int, UserBudget] = WeakValueDictionary()
         self._last_id = 0
         self._all_closed: Callable[[], object] | None = None
         self._listen()
@@ -131,6 +133,7 @@ class Server:
             sock.close()
             return
         budget = self._budgets.get(uid) or self._new_budget()
+        self._budgets[uid] = budget
         link = Link(
             self.loop,
             self.config,
@@ -145,7 +148,6 @@ class Server:
         if refusal is None:
             self._links.add(link)
             self._per_user[uid] += 1
-            self._budgets[uid] = budget
         else:
             log.warning("connection refused uid=%d code=%s connections=%d", uid, refusal.code, self.count)
             self._refused.add(link)
@@ -196,5 +198,5 @@ class Server:
             self._links.remove(link)
             self._per_user[link.peer.uid] -= 1
             if not self._per_user[link.peer.uid]:
-                del self._per_user[link.peer.uid], self._budgets[link.peer.uid]
+                del self._per_user[link.peer.uid]
         self._maybe_all_closed()
