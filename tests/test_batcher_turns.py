@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from tests import models
-from tests.held_batcher import Windows
+from tests.held_batcher import LikeAGpu, Windows
 from tests.support import wait_until
 from whisperd.model.batch.batcher import EXIT_BROKEN, Request
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW
 from whisperd.protocol.errors import WhisperdError
+
+EOT = 50257  # of the multilingual vocabulary
 
 
 def test_an_interactive_window_has_a_place_and_no_background_window_is_encoded_beside_it(tmp_path: Path) -> None:
@@ -43,6 +45,37 @@ def test_an_interactive_window_has_a_place_and_no_background_window_is_encoded_b
     assert len({tuple(tokens) for tokens in alone.values()}) > 2, (
         "a model that says the same to everybody shows nothing"
     )
+
+
+def test_a_gpu_takes_in_all_that_may_come_in_and_encodes_beside_steps_where_an_interactive_window_lives(
+    tmp_path: Path,
+) -> None:
+    windows = Windows(tmp_path, windows=8, kernels=LikeAGpu())
+    unending: dict[str, Any] = {"suppress_tokens": [EOT]}
+    seen: list[tuple[int, int, int]] = []  # while the interactive window lives: windows, steps, encoded windows
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        live, counters = windows.batcher._live.owners, windows.engine.counters
+        if any(request.turn.interactive for request in live):
+            seen.append((len(live), counters.steps, counters.encoded))
+        else:
+            most = max(most, len(live))
+        if len(live) == 8 and len(windows._threads) == 10:
+            windows.ask("urgent", interactive=True, **unending)
+            wait_until(lambda: any(request.turn.interactive for request in windows.batcher._waiting))
+
+    windows.look = look
+    for n in range(10):
+        windows.ask(f"background {n}", sound=n, sample_len=6 if n < 2 else 16, **unending)
+    windows.go.set()
+    windows.join()
+    assert most == 8
+    assert seen[0][0] == 9
+    steps = [step for _, step, _ in seen]
+    assert steps == [*range(steps[0], steps[0] + len(steps))], "it waits for no more than a piece before its next step"
+    assert seen[-1][2] > seen[0][2], "windows that came later were encoded beside it"
 
 
 def test_background_windows_move_under_a_stream_of_interactive_ones(tmp_path: Path) -> None:

@@ -175,8 +175,8 @@ class Batcher:
         request = self._next()
         if request is not None:
             well = self._guarded([request], lambda: self._further(request))
-            if well and not self._kernels.encodes_beside_steps and not self._interactive_is_live():
-                return  # a CPU steps faster the more rows there are: first take in all that may come in
+            if well and not self._interactive_is_live():
+                return  # a step of more rows costs little more: first take in all that may come in
         if self._live.count:
             self._guarded(self._live.owners, self._step)
 
