@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,9 +321,7 @@ class Batcher:
         except (RuntimeError, MemoryError) as error:  # a smaller cache is made before the larger one goes
             if not is_out_of_memory(error):
                 raise
-        if self._kernels.device.type == "cuda":
-            with suppress(RuntimeError):  # after a recording that failed torch may take it for unfinished
-                torch.cuda.empty_cache()
+        self._kernels.give_back()
 
     def _wait_again(self, request: Request) -> None:
         """Begin a request anew when there is room. It will find the same: what is drawn depends on nothing else."""

@@ -32,12 +32,22 @@ class Kernels:
         self.stream = torch.float32 if device.type == "cpu" else dtype
         self._packs = device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._unsettled: list[SettlingLinear] = []
-        self._recorder: tuple[torch.cuda.Stream, Any] | None = None  # where all recordings are made, and their memory
+        # Where all recordings are made, one for life: torch keeps memory of cuBLAS's for each that was multiplied on.
+        self._recording_stream: torch.cuda.Stream | None = None
+        self._recording_pool: Any = None  # their own memory, while there are any
+        if device.type == "cuda":
+            _choose_libraries()
 
     @property
     def encodes_beside_steps(self) -> bool:
         """True where an encoder block between steps costs the rows little: a GPU waits for launches in both."""
         return self.device.type != "cpu"
+
+    def give_back(self) -> None:
+        """Let others have the memory of tensors that are gone."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # after a recording that failed torch may take it for unfinished
+                torch.cuda.empty_cache()
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> Linear:
         """Return the layer `x -> x @ weight.T + bias`; `rows` is how many rows x mostly has."""
@@ -79,10 +89,11 @@ class Kernels:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            if self._recorder is None:
-                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                self._recorder = stream, torch.cuda.graph_pool_handle()
-            stream, pool = self._recorder
+            if self._recording_stream is None:
+                self._recording_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._recording_pool is None:
+                self._recording_pool = torch.cuda.graph_pool_handle()
+            stream, pool = self._recording_stream, self._recording_pool
             # The outer one, because a recording that fails leaves its stream the current one. Only what this thread
             # does must fit into a recording: others may ask how much memory is free.
             with (
@@ -97,11 +108,11 @@ class Kernels:
 
         Waits until none is being replayed, so that they can go.
         """
-        if self._recorder is not None:
+        if self._recording_stream is not None:
             with suppress(RuntimeError):  # the next launch says so
-                self._recorder[0].synchronize()
+                self._recording_stream.synchronize()
                 torch.cuda.current_stream(self.device).synchronize()
-        self._recorder = None
+        self._recording_pool = None
 
     def send(self, numbers: Sequence[Any] | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the host's numbers as a tensor on the device, without waiting for it."""
@@ -154,3 +165,12 @@ class Kernels:
         shape, eps = norm.normalized_shape, norm.eps
         weight, bias = norm.weight.detach().to(self.device), norm.bias.detach().to(self.device)
         return lambda x: F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
+
+
+def _choose_libraries() -> None:
+    """Set what torch takes of CUDA's libraries, for the whole process. No device is asked."""
+    # On Hopper and Blackwell torch would ask cuDNN first for attention, which makes a plan for each new shape and keeps
+    # it for ever: tens of milliseconds of the host, for nearly every prompt and, where steps are not replayed, token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Convolutions in float32, the encoder's two, would be rounded to TF32 as matrices are not.
+    torch.backends.cudnn.allow_tf32 = False
