@@ -10,8 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from whisper.model import Linear
 
+from whisperd.model.batch.kernels import Kernels
+from whisperd.model.engine import Engine
 from whisperd.model.helper import is_device_failure
+from whisperd.model.loading import load
 from whisperd.model.memory import free_bytes, is_out_of_memory, limit_cuda, windows_that_fit
 
 MB = 2**20
@@ -101,6 +105,11 @@ def test_as_many_windows_as_fit_beside_an_interactive_one_and_one_at_least(
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
         torch.AcceleratorError("CUDA error: out of memory"),  # of graphs and pinned memory, which torch does not manage
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's convolution
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ],
@@ -115,15 +124,51 @@ def test_memory_that_ran_out_is_told_from_a_device_that_failed(error: BaseExcept
     [
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`"),
     ],
     ids=str,
 )
 def test_a_device_that_failed_is_no_want_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
-    assert is_device_failure(error)
+    assert is_device_failure(error, torch.device("cpu"))
+
+
+BAD_SHAPES = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_bad_shapes_are_neither() -> None:
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert not is_out_of_memory(error)
-    assert not is_device_failure(error)
+    assert not is_out_of_memory(BAD_SHAPES)
+    assert not is_device_failure(BAD_SHAPES, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked"), [("cpu", []), ("cuda:0", [torch.device("cuda:0")]), ("cuda:1", [torch.device("cuda:1")])]
+)
+def test_whether_the_gpu_has_failed_that_gpu_is_asked_and_without_one_none(
+    device: str, asked: list[torch.device]
+) -> None:
+    heard: list[torch.device] = []
+
+    def fails(which: torch.device) -> None:
+        heard.append(which)
+        raise RuntimeError("out of order")
+
+    assert is_device_failure(BAD_SHAPES, torch.device(device), ask=fails) == bool(asked)
+    assert heard == asked
+    assert not is_device_failure(BAD_SHAPES, torch.device(device), ask=lambda which: (1, 2))
+    assert not is_device_failure(ValueError("not torch's"), torch.device(device), ask=fails)
+
+
+def test_weights_that_were_laid_out_anew_are_given_back_before_free_memory_is_counted(
+    micro: Path, tmp_path: Path
+) -> None:
+    """torch keeps what it freed on a GPU, and would count it as taken."""
+    model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    left: list[int] = []
+
+    class Seen(Kernels):
+        def give_back(self) -> None:
+            left.append(sum(each.weight.numel() for each in model.whisper.modules() if isinstance(each, Linear)))
+
+    Engine(model, on_step=lambda: None, release=True, kernels=Seen(model.device, model.dtype))
+    assert left == [0]

@@ -117,8 +117,8 @@ class Config:
     )
     device_memory_mb: int = _setting(
         0,
-        "On CUDA alone: how much of the GPU's memory the model may take, in MiB, beside what CUDA itself takes for its "
-        "process; 0 for all that is free. On a CPU `batch_windows` is what keeps the model small.",
+        "On CUDA alone: how much of the GPU's memory the model may take, in MiB, beside what CUDA, its libraries "
+        "and recorded steps take; 0 for all that is free. On a CPU `batch_windows` is what keeps the model small.",
         low=0,
     )
     open_runs: int = _setting(

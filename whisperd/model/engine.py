@@ -66,6 +66,7 @@ class Engine:
             on_step()
             if release:
                 release_weights(whisper)
+                kernels.give_back()  # else it would not count as free
             self.windows = windows or windows_that_fit(
                 free_bytes(model.device, limit_mb=memory_limit_mb),
                 window_bytes=self.decoder.window_bytes,

@@ -92,6 +92,7 @@ class ModelHelper:
         self._speech: SpeechDetector | None = None
         self._error = ""
         self._software: dict[str, Any] = {}
+        self._device = torch.device("cpu")  # until it is known which one
         self._mel_worker = Worker("mel", interactive_in_a_row=settings.interactive_windows_in_a_row)
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, int], Run] = {}
@@ -124,7 +125,8 @@ class ModelHelper:
     def _load(self) -> None:
         settings = self._settings
         try:
-            limit_cuda(choose_device(settings.device), settings.device_memory_mb)
+            self._device = choose_device(settings.device)
+            limit_cuda(self._device, settings.device_memory_mb)
             model = load(
                 settings.model,
                 cache_dir=settings.cache_dir,
@@ -161,7 +163,7 @@ class ModelHelper:
                 "choose a smaller model or free some, then run `whisperctl model load`"
             )
         log.exception("model: loading failed")
-        if is_device_failure(error):
+        if is_device_failure(error, self._device):
             os._exit(EXIT_BROKEN)
         return f"model {self._settings.model!r} cannot be loaded: {type(error).__name__}: {error}"
 
@@ -252,13 +254,14 @@ class ModelHelper:
         if isinstance(error, WhisperdError):
             return error.code, error.message
         if is_out_of_memory(error):
+            log.warning("model: out of memory run=%d error=%s", order.run, error)
             return (
                 ErrorCode.OUT_OF_MEMORY,
                 "the model ran out of memory; try again with a smaller beam_size or best_of, "
                 "or when other programs have freed some",
             )
         log.error("model: run failed run=%d", order.run, exc_info=error)
-        if is_device_failure(error):
+        if is_device_failure(error, self._device):
             log.critical("model: the device failed, leaving run=%d", order.run)
             os._exit(EXIT_BROKEN)
         if isinstance(error, OSError):
@@ -296,16 +299,19 @@ def ready(model: LoadedModel, identity: str, *, capacity: int) -> ModelStatus:
     )
 
 
-def is_device_failure(error: BaseException) -> bool:
-    """True when the GPU failed: its context is lost for this process, whatever is tried next."""
+def is_device_failure(
+    error: BaseException, device: torch.device, *, ask: Callable[[torch.device], object] = torch.cuda.mem_get_info
+) -> bool:
+    """True when the GPU failed: its context is lost for this process, whatever is tried next.
+
+    `ask` is what a GPU answers unless it has failed, and waits for nothing: the batcher may be recording.
+    """
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
         return True
-    if not (isinstance(error, RuntimeError) and torch.cuda.is_available()):
+    if device.type != "cuda" or not isinstance(error, RuntimeError):
         return False
     try:
-        # Libraries above CUDA report in their own words; a lost context shows at the next call. One that waits for
-        # nothing: the batcher may be recording.
-        torch.cuda.mem_get_info()
+        ask(device)  # libraries above CUDA report in their own words; a lost context shows at the next call
     except RuntimeError:
         return True
     return False

@@ -14,8 +14,17 @@ _MB = 2**20
 # glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT_MB, _KEPT_MB = 32, 128
-# The CPU's allocator says it in words only, and so does what takes a GPU's memory by itself: graphs, cuBLAS.
-_OUT = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# The CPU's allocator says it in words only, and so does what takes a GPU's memory by itself: graphs, cuBLAS and cuDNN.
+# cuBLAS cannot begin without memory; a convolution of cuDNN's for which there is none finds no way to be computed.
+_OUT = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "unable to find an engine to execute this computation",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",
+)
 _SHARE = 0.8  # of what is free: others come and go
 _WORKING_BYTES = 512 * _MB  # what one encoder block and the logits of all rows take for a moment
 
