@@ -58,7 +58,7 @@ class Runs:
         self.engine = Engine(model, on_step=on_step, release=release, **engine)
         self.engine.settle()
         self._fast_windows = fast_windows
-        self._mel_worker, self._speech = Worker("mel"), SpeechDetector()
+        self._mel_worker, self._speech_worker, self._speech = Worker("mel"), Worker("speech"), SpeechDetector()
 
     def record(self, folder: str, pcm: np.ndarray | bytes) -> None:
         """Put 16 kHz s16le samples where a run of that folder finds them."""
@@ -98,6 +98,7 @@ class Runs:
             speech=self._speech,
             fast_windows=self._fast_windows,
             mel_worker=self._mel_worker,
+            speech_worker=self._speech_worker,
             send=send,
             on_step=lambda: None,
         )

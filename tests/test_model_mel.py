@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def test_a_cancelled_run_computes_no_more(tmp_path: Path, worker: Worker) -> Non
     with pytest.raises(WhisperdError) as raised:
         mel.frames(0, N_FRAMES, N_FRAMES)
     assert raised.value.code == "cancelled"
+
+
+def test_samples_are_for_several_threads_at_once(tmp_path: Path, worker: Worker) -> None:
+    audio = write_pcm(tmp_path / "a.pcm", MINUTE)
+    mel = open_mel(tmp_path / "a.pcm", worker)
+    wrong: list[int] = []
+
+    def read(start: int) -> None:
+        for _ in range(500):
+            if not np.array_equal(mel.samples_at(start, 1600), audio[start : start + 1600]):
+                wrong.append(start)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in (0, 5 * 16_000, MINUTE - 1600)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
 
 
 def test_a_file_that_became_shorter_is_an_error_and_not_silence(tmp_path: Path, worker: Worker) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tests import models
 from tests.support import wait_until
 from whisperd import __version__
+from whisperd.model.helper import speech_threads
 from whisperd.protocol.channel import Channel
 from whisperd.protocol.frames import MAX_REPLY_BYTES
 from whisperd.protocol.helper_messages import (
@@ -267,8 +268,8 @@ def test_its_threads_are_as_many_as_it_was_given_and_one_a_run(place: Path) -> N
     helper = Helper(settings(place) | {"threads": 3, "open_runs": 16})
     try:
         helper.until(lambda message: isinstance(message, ModelStatus) and message.state == "ready")
-        # Main, what it hears and says, batcher, mels, word times, and numpy's; the loader and its team have ended.
-        wait_until(lambda: helper.threads <= 7 + (os.cpu_count() or 1))
+        # Main, what it hears and says, batcher, mels, word times, listening, numpy's; the loader and its team are gone.
+        wait_until(lambda: helper.threads <= 7 + speech_threads() + (os.cpu_count() or 1))
         idle = helper.threads
         for run in range(16):
             helper.transcribe(run, "short", word_timestamps=True)

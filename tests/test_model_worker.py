@@ -14,8 +14,9 @@ from whisper.tokenizer import get_tokenizer
 from tests import test_model_process as model_process
 from tests.held_batcher import window_of
 from tests.support import wait_until
+from whisperd.model import substitutes
 from whisperd.model.engine import Engine
-from whisperd.model.helper import ModelHelper, Settings
+from whisperd.model.helper import ModelHelper, Settings, speech_threads
 from whisperd.model.loading import load
 from whisperd.model.speech import SpeechDetector
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn, Worker
@@ -27,21 +28,22 @@ from whisperd.protocol.systemd import Watchdog
 
 
 class Held:
-    """Keeps a worker busy until it is let go."""
+    """Keeps all threads of a worker busy until it is let go."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, threads: int = 1) -> None:
         self._let_go = threading.Event()
-        self.began = threading.Event()
-        self._thread = start(lambda: worker.call(Turn(), self._wait))
-        assert self.began.wait(30)
+        self._all_busy = threading.Barrier(threads + 1)
+        self._threads = [start(lambda: worker.call(Turn(), self._wait)) for _ in range(threads)]
+        self._all_busy.wait(30)
 
     def _wait(self) -> None:
-        self.began.set()
-        assert self._let_go.wait(30)
+        self._all_busy.wait(30)
+        assert self._let_go.wait(60)
 
     def release(self) -> None:
         self._let_go.set()
-        self._thread.join(10)
+        for thread in self._threads:
+            thread.join(10)
 
 
 def start(work: object) -> threading.Thread:
@@ -92,6 +94,10 @@ def in_a_row(worker: Worker) -> int:
     return first
 
 
+def test_several_threads_work_on_pieces_beside_each_other() -> None:
+    Held(Worker("test", threads=2), threads=2).release()
+
+
 def test_background_work_moves_under_a_stream_of_interactive_work() -> None:
     assert in_a_row(Worker("test")) == INTERACTIVE_IN_A_ROW
     assert in_a_row(Worker("test", interactive_in_a_row=3)) == 3
@@ -102,9 +108,37 @@ def test_the_helpers_workers_do_as_its_settings_say(micro: Path, tmp_path: Path)
     settings = Settings.of(model_process.settings(tmp_path) | {"interactive_windows_in_a_row": 3})
     helper = ModelHelper(cast(Any, None), settings)
     assert in_a_row(helper._mel_worker) == 3
+    assert helper._speech_worker._most_in_a_row == 3  # its threads may be several
     model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
     engine = Engine(model, on_step=lambda: None, interactive_in_a_row=3)
     assert in_a_row(engine._aligner.worker) == 3
+
+
+def test_recordings_that_are_listened_to_hold_up_no_others_window_and_no_cancel(micro: Path, tmp_path: Path) -> None:
+    substitutes.install()
+    model = load(str(micro), cache_dir=tmp_path, device="cpu", dtype="auto", on_step=lambda: None, environ={})
+    helper = ModelHelper(HelperLink(cast(Any, None), {}, Watchdog()), Settings.of(model_process.settings(tmp_path)))
+    helper._engine, helper._speech = Engine(model, on_step=lambda: None), SpeechDetector()
+    (tmp_path / "audio.pcm").write_bytes(bytes(5 * 32_000))
+    order = Transcribe(run=1, generation=0, folder="", options=parse_options({"language": "en"}), interactive=False,
+                       truncated=False, journal=0, told=0)  # fmt: skip
+    helper._runs[1, 0] = run = helper._run(order, spool=tmp_path, send=lambda message: None)
+    others = Held(helper._speech_worker, threads=speech_threads())
+    raised: list[str] = []
+
+    def transcribe() -> None:
+        try:
+            run.transcribe()
+        except WhisperdError as error:
+            raised.append(error.code)
+
+    thread = start(transcribe)
+    wait_until(lambda: len(helper._speech_worker._waiting) == 1)
+    assert helper._engine.counters.windows == 1
+    helper._mark(1, 0, cancelled=True)
+    thread.join(30)
+    assert raised == ["cancelled"]
+    others.release()
 
 
 def test_few_texts_at_a_time_are_read_for_the_times_of_their_words(micro: Path, tmp_path: Path) -> None:

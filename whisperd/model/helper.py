@@ -45,6 +45,7 @@ from whisperd.protocol.options import parse_options
 log = logging.getLogger("whisperd.model")
 
 _ASSETS = Path(whisperd.__file__).parent / "assets"
+_CORES_A_SPEECH_THREAD = 4  # one core listens to less than a GPU transcribes
 _MAX_TRANSCRIPT_BYTES = MAX_REPLY_BYTES - 64 * 1024  # the reply around it needs a little room
 
 
@@ -93,7 +94,9 @@ class ModelHelper:
         self._error = ""
         self._software: dict[str, Any] = {}
         self._device = torch.device("cpu")  # until it is known which one
-        self._mel_worker = Worker("mel", interactive_in_a_row=settings.interactive_windows_in_a_row)
+        in_a_row = settings.interactive_windows_in_a_row
+        self._mel_worker = Worker("mel", interactive_in_a_row=in_a_row)
+        self._speech_worker = Worker("speech", interactive_in_a_row=in_a_row, threads=speech_threads())
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, int], Run] = {}
         self._done_s = 0.0  # audio of runs that have ended
@@ -208,6 +211,7 @@ class ModelHelper:
             speech=self._speech,
             fast_windows=self._settings.fast_windows,
             mel_worker=self._mel_worker,
+            speech_worker=self._speech_worker,
             send=send,
             on_step=self._link.step,
         )
@@ -226,6 +230,7 @@ class ModelHelper:
         if self._engine is not None:
             self._engine.wake()
             self._mel_worker.wake()
+            self._speech_worker.wake()
 
     def _work(self, run: Run) -> None:
         order = run.order
@@ -315,3 +320,8 @@ def is_device_failure(
     except RuntimeError:
         return True
     return False
+
+
+def speech_threads() -> int:
+    """Return how many recordings are listened to at the same time, each on a core."""
+    return max(1, len(os.sched_getaffinity(0)) // _CORES_A_SPEECH_THREAD)

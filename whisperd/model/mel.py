@@ -63,7 +63,8 @@ class MelWindow:
 class FileMel:
     """The mel of one PCM file (16 kHz mono s16le), with 30 s of silence behind it as `transcribe` adds them.
 
-    `on_window` is told the first frame of each window that is asked for. All computing happens on `worker`.
+    `on_window` is told the first frame of each window that is asked for. All computing happens on `worker`; samples are
+    for any thread.
     """
 
     def __init__(
@@ -176,8 +177,7 @@ class FileMel:
         """
         # Read and not mapped: a file that became shorter fails one run, where a mapping would end the process.
         count = min(count, self.samples - start)
-        self._file.seek(2 * start)
-        samples = np.fromfile(self._file, dtype="<i2", count=count)
+        samples = np.frombuffer(os.pread(self._file.fileno(), 2 * count, 2 * start), dtype="<i2")
         if len(samples) < count:
             raise OSError(f"{self._file.name} became shorter while it was read")
         return samples.astype(np.float32) / 32768.0

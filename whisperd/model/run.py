@@ -50,6 +50,7 @@ class Run:
         speech: SpeechDetector,
         fast_windows: int,
         mel_worker: Worker,
+        speech_worker: Worker,
         send: Callable[[HelperMessage], None],
         on_step: Callable[[], None],
     ) -> None:
@@ -61,7 +62,7 @@ class Run:
         self._speech = speech
         self._fast_windows = fast_windows
         self._track: SpeechTrack | None = None
-        self._mel_worker = mel_worker
+        self._mel_worker, self._speech_worker = mel_worker, speech_worker
         self._send = send
         self._on_step = on_step
         self._words = bool(order.options["word_timestamps"])
@@ -101,7 +102,7 @@ class Run:
                 self._speech,
                 mel.samples,
                 mel.samples_at,
-                worker=self._mel_worker,
+                worker=self._speech_worker,
                 turn=self.turn,
                 on_step=self._on_step,
             )

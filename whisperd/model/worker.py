@@ -84,18 +84,20 @@ INTERACTIVE_IN_A_ROW = 8
 
 
 class Worker:
-    """One thread that runs pieces of work in order of arrival, those of interactive runs before (nearly) all others.
+    """A thread that runs pieces of work in order of arrival, those of interactive runs before (nearly) all others.
 
     A worker and not a lock around the work: two threads in numba's parallel code abort the process, and job threads
-    beside each other would want more cores than there are. It computes on one, see `whisperd.model.threads`.
+    beside each other would want more cores than there are. It computes on one, see `whisperd.model.threads`; so does
+    each of `threads`, where a piece may be worked on beside another.
     A run waits for its piece before it brings the next one, so runs of one priority take turns by themselves.
     """
 
-    def __init__(self, name: str, *, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW) -> None:
+    def __init__(self, name: str, *, interactive_in_a_row: int = INTERACTIVE_IN_A_ROW, threads: int = 1) -> None:
         self._changed = threading.Condition()
         self._waiting: list[_Piece[Any]] = []
         self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
-        start_thread(self._serve, name=name)
+        for _ in range(threads):
+            start_thread(self._serve, name=name)
 
     def call(self, turn: Turn, work: Callable[[], T]) -> T:
         """Return what `work` returns, or raise what it raises.
