@@ -68,7 +68,9 @@ def main() -> int:
         print(f"{describe_machine(folder)}\n\n{format_head()}", flush=True)
         for name in arguments.names or SUBJECTS:
             print(f"measuring {name} (load {os.getloadavg()[0]:.1f}) ...", file=sys.stderr)
-            failed |= not _measure(SUBJECTS[name], Bench(folder / name, arguments.quick, arguments.peer_python))
+            failed |= not _measure(
+                SUBJECTS[name], Bench(folder / name, arguments.quick, peer_python=arguments.peer_python)
+            )
     finally:
         shutil.rmtree(folder)
     return int(failed)

@@ -154,7 +154,7 @@ class Daemon:
 
 
 @contextmanager
-def running_daemon(folder: Path, *, model: str = "demo", **settings: Any) -> Iterator[Daemon]:
+def running_daemon(folder: Path, *, model: str = "demo", device: str = "cpu", **settings: Any) -> Iterator[Daemon]:
     """Start whisperd with the demo's model and the default settings; stop it when the block ends.
 
     `settings` are values as TOML writes them. Raises `Failed` when it does not become ready.
@@ -162,7 +162,7 @@ def running_daemon(folder: Path, *, model: str = "demo", **settings: Any) -> Ite
     folder.mkdir()
     lines = [f"{name} = {value}\n" for name, value in ({"threads": THREADS} | settings).items()]
     (folder / "whisperd.toml").write_text("".join(lines))
-    command = [program("whisperd"), "--config", "whisperd.toml", "--model", model, "--device", "cpu"]
+    command = [program("whisperd"), "--config", "whisperd.toml", "--model", model, "--device", device]
     command += ["--socket", "s", "--state-dir", "state", "--cache-dir", "cache"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""`PYTHON bench/peer.py MODEL THREADS COMPUTE_TYPE`: faster-whisper alone, for comparison.
+"""`PYTHON bench/peer.py MODEL THREADS COMPUTE_TYPE [DEVICE]`: faster-whisper alone, for comparison.
 
 Run by an interpreter that has faster-whisper; nothing of this project is imported. Reads a line of JSON a request
 (`files`, `batched`, `options`) and answers with what `bench.runs.Heard` holds.
@@ -19,7 +19,8 @@ _BATCH = 8
 
 def main() -> None:
     """Load the model, then transcribe each request's files one after the other."""
-    model = WhisperModel(sys.argv[1], device="cpu", cpu_threads=int(sys.argv[2]), compute_type=sys.argv[3])
+    device = sys.argv[4] if len(sys.argv) > 4 else "cpu"
+    model = WhisperModel(sys.argv[1], device=device, cpu_threads=int(sys.argv[2]), compute_type=sys.argv[3])
     batched = BatchedInferencePipeline(model)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.audio.stream import AudioStream
 
 import whisperd
@@ -47,7 +49,7 @@ def write_noise(path: Path, size_bytes: int) -> Path:
 
 def write_talk(path: Path, length_s: float) -> Path:
     """Write the shipped sample, again and again, as a WAV file (16 kHz, mono) of at least `length_s`."""
-    sample = _sample_pcm()
+    sample = sample_pcm()
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -140,6 +142,38 @@ def write_wav(path: Path, recording: Spoken) -> Path:
     return path
 
 
+def write_spoken(folder: Path, recordings: Sequence[Spoken]) -> None:
+    """Write recordings and what they say into a folder, for a machine that cannot speak."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(recordings):
+        (folder / f"{number:02}.pcm").write_bytes(each.pcm)
+        (folder / f"{number:02}.txt").write_text(each.text)
+
+
+def read_spoken(folder: Path) -> list[Spoken]:
+    """Return what `write_spoken` wrote. Raises `Failed` where there is nothing."""
+    paths = sorted(folder.glob("*.pcm"))
+    if not paths:
+        raise Failed(f"no recordings in {folder}: `python -m bench.gpu --speak FOLDER` writes some, where flite is")
+    return [Spoken(pcm=path.read_bytes(), text=path.with_suffix(".txt").read_text()) for path in paths]
+
+
+def repeat_sample(length_s: float, seed: int, *, rest_s: float = 0.0, rest_every_s: float = math.inf) -> Spoken:
+    """Return the shipped sample again and again, whole, for at least so long; faint noise makes each window another.
+
+    Nobody speaks for `rest_s` after each `rest_every_s`, in which the sample is cut off.
+    """
+    said, text = np.frombuffer(sample_pcm(), "<i2"), SAMPLE.with_suffix(".txt").read_text().strip()
+    times = max(1, math.ceil(min(length_s, rest_every_s) * RATE / len(said)))
+    part = np.tile(said, times)
+    if rest_every_s < math.inf:
+        part = np.concatenate([part[: int(rest_every_s * RATE)], np.zeros(int(rest_s * RATE), "<i2")])
+    parts = math.ceil(length_s * RATE / len(part))
+    noise = np.random.default_rng(seed).integers(-3, 4, parts * len(part))
+    pcm = (np.tile(part, parts).astype(np.int32) + noise).clip(-32768, 32767).astype("<i2")
+    return Spoken(pcm=pcm.tobytes(), text=" ".join([text] * times * parts))
+
+
 def _sentences(text: str) -> list[str]:
     """Return what stands between full stops. Only what has a few words: headings and numbers are read in many ways."""
     joined = re.sub(r"\s+", " ", re.sub(r"[^\w\s.,;:?!'-]|_", " ", text))
@@ -152,7 +186,8 @@ def length_s(path: Path) -> float:
         return float(file.getnframes() / file.getframerate())
 
 
-def _sample_pcm() -> bytes:
+def sample_pcm() -> bytes:
+    """Return the shipped sample, 16 kHz s16le."""
     resampler = av.AudioResampler(format="s16", layout="mono", rate=16000)
     with av.open(str(SAMPLE)) as source:
         frames = [frame for packet in source.decode(audio=0) for frame in resampler.resample(packet)]

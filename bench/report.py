@@ -35,6 +35,7 @@ class Bench:
 
     folder: Path
     quick: bool  # a short run is wanted
+    device: str = "cpu"  # as the setting has it
     peer_python: str = ""  # an interpreter that has faster-whisper
 
     def pick(self, full: int, quick: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from whisperd.model import substitutes
 from whisperd.model.engine import Engine
+from whisperd.model.helper import speech_threads
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.memory import keep_freed_memory
 from whisperd.model.run import Run
@@ -58,7 +59,8 @@ class Runs:
         self.engine = Engine(model, on_step=on_step, release=release, **engine)
         self.engine.settle()
         self._fast_windows = fast_windows
-        self._mel_worker, self._speech_worker, self._speech = Worker("mel"), Worker("speech"), SpeechDetector()
+        self._mel_worker, self._speech_worker = Worker("mel"), Worker("speech", threads=speech_threads())
+        self._speech = SpeechDetector()
 
     def record(self, folder: str, pcm: np.ndarray | bytes) -> None:
         """Put 16 kHz s16le samples where a run of that folder finds them."""

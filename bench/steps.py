@@ -19,6 +19,8 @@ from whisperd.model.engine import Engine
 from whisperd.model.loading import load
 
 _ROWS = (4, 16)
+# On a GPU a step is launched, then recorded; from the third on it is replayed.
+_BEFORE = 4
 
 
 def measure(bench: Bench) -> Iterator[Row]:
@@ -26,22 +28,30 @@ def measure(bench: Bench) -> Iterator[Row]:
     model = load("demo", cache_dir=bench.folder, device="cpu", dtype="auto", on_step=lambda: None, environ=os.environ)
     engine = Engine(model, on_step=lambda: None)
     engine.settle()
+    yield from count(engine, "tiny.en")
+
+
+def count(engine: Engine, name: str) -> Iterator[Row]:
+    """Yield these rows of an engine; `name` is its model's."""
     few, many = (_operations(engine, rows) for rows in _ROWS)
     waits = max(counted["_local_scalar_dense.default"] for counted in (few, many))
     yield Row(
-        what=f"operations of a step with {_ROWS[0]} and with {_ROWS[1]} greedy windows, tiny.en",
+        what=f"operations of a step with {_ROWS[0]} and with {_ROWS[1]} greedy windows, {name}",
         goal="as many",
         measured=f"{few.total()} and {many.total()}",
         met=few.total() == many.total(),
         runs="1",
     )
-    yield Row(what="numbers that the host fetches in one", goal="0", measured=str(waits), met=waits == 0, runs="1")
+    yield Row(
+        what=f"numbers that the host fetches in one, {name}", goal="0", measured=str(waits), met=waits == 0, runs="1"
+    )
 
 
 @torch.inference_mode()
 def _operations(engine: Engine, windows: int) -> Counter[str]:
     live = begin_windows(engine, windows)
-    live.step()
+    for _ in range(_BEFORE):
+        live.step()
     operations = Counter[str]()
 
     class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
