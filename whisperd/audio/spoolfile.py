@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from whisperd.protocol.spoolfolder import remove_folder, storage_errors, sync_folder
+from whisperd.protocol.spoolfolder import new_folder
 
 # Left alone, the kernel gathers hundreds of megabytes before it writes them, and a database commit that falls into
 # that burst waits for it. Writing every 8 MiB out as it comes, and waiting only for the 8 MiB before, keeps at most
@@ -81,23 +81,9 @@ class SpoolFile:
 def new_source(spool: Path, folder: str) -> Iterator[SpoolFile]:
     """Give `<spool>/<folder>/source` to be written; it has its name, and is on the disk, once the block is left.
 
-    The folder has its name only once everything in it is on the disk, so a folder with a plain name is always whole.
-    Where the block, or the disk, raises, no trace is left. Raises `WhisperdError` (`storage_full`) and `OSError`.
+    Where the block, or the disk, raises, no trace is left (`new_folder`). Raises `WhisperdError` (`storage_full`) and
+    `OSError`.
     """
-    partial, final = spool / f"{folder}.partial", spool / folder
-    # A helper that was killed in the middle leaves its partial folder, or the whole one that nobody heard of.
-    remove_folder(partial)
-    remove_folder(final)
-    try:
-        with storage_errors():
-            partial.mkdir(mode=0o700)
-            with SpoolFile(partial / "source") as target:
-                yield target
-                target.sync()
-            sync_folder(partial)
-            partial.rename(final)
-            sync_folder(spool)
-    except BaseException:
-        remove_folder(partial)
-        remove_folder(final)
-        raise
+    with new_folder(spool, folder) as partial, SpoolFile(partial / "source") as target:
+        yield target
+        target.sync()

@@ -27,7 +27,7 @@ from yt_dlp.networking.exceptions import RequestError
 from whisperd.fetch.explain import FetchError, explain, whole
 from whisperd.fetch.guard import Guard, forbidden_address
 from whisperd.protocol.errors import ErrorCode, WhisperdError
-from whisperd.protocol.spoolfolder import remove_folder, storage_errors, sync_folder
+from whisperd.protocol.spoolfolder import new_folder
 
 log = logging.getLogger("whisperd.fetch")
 
@@ -78,25 +78,15 @@ class Fetcher:
         self._settings, self._guard, self._programs, self._clock = settings, guard, programs, clock
 
     def fetch(self, source: Mapping[str, Any], *, uid: int, folder: str, checkpoint: Checkpoint) -> Download:
-        """Fetch `source` to `<spool>/<folder>/source`. The folder has its name only once all in it is on the disk.
+        """Fetch `source` to `<spool>/<folder>/source`, as `new_folder` makes a folder: whole or not at all.
 
         `checkpoint(done_bytes, total_bytes)` is called all the time; total is 0 while it is not known. Raises
         `FetchError`, `WhisperdError` of the spool's disk, or what `checkpoint` raises; no trace of it is left then.
         """
-        partial, final = self._settings.spool / f"{folder}.partial", self._settings.spool / folder
-        try:
-            with storage_errors():
-                # Where this process has a user of its own, the daemon comes by its group; else the umask keeps all out.
-                partial.mkdir(mode=0o770)
-                info = self._download(source, uid, partial, checkpoint)
-                found = _finish(partial, checkpoint)
-                partial.rename(final)
-                sync_folder(self._settings.spool)
-        except BaseException:
-            remove_folder(partial)
-            remove_folder(final)
-            raise
-        sha256, size_bytes = found
+        # Where this process has a user of its own, the daemon comes by its group; else the umask keeps all out.
+        with new_folder(self._settings.spool, folder, mode=0o770) as partial:
+            info = self._download(source, uid, partial, checkpoint)
+            sha256, size_bytes = _finish(partial, checkpoint)
         return Download(
             sha256=sha256,
             size_bytes=size_bytes,
@@ -338,7 +328,7 @@ def read_cookies(folder: str, uid: int, environ: Mapping[str, str] = os.environ)
 
 
 def _finish(partial: Path, checkpoint: Checkpoint) -> tuple[str, int]:
-    """Hash what was downloaded and bring it to the disk; return its SHA-256 in hex and its size."""
+    """Hash what was downloaded and bring it to the disk, alone; return its SHA-256 in hex and its size."""
     digest = hashlib.sha256()
     if not (partial / "source").exists():
         raise FetchError(ErrorCode.FETCH_FAILED, "the site sent nothing: try again, or upgrade yt-dlp", transient=True)
@@ -350,5 +340,4 @@ def _finish(partial: Path, checkpoint: Checkpoint) -> tuple[str, int]:
         os.fsync(source.fileno())
     for leftover in set(os.listdir(partial)) - {"source"}:
         os.unlink(partial / leftover)
-    sync_folder(partial)
     return digest.hexdigest(), total

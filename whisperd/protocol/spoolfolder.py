@@ -1,4 +1,4 @@
-"""What every helper that writes into the spool needs: folders made durable or removed, and full disks told apart."""
+"""What every helper that writes into the spool needs: folders made whole and durable, or removed; full disks told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from whisperd.protocol.errors import ErrorCode, WhisperdError
+
+PARTIAL = ".partial"  # ends the name of a folder that is not complete yet
 
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _FAILS = frozenset({errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE})
@@ -61,3 +63,28 @@ def remove_folder(folder: Path) -> None:
         for entry in os.scandir(folder):
             os.unlink(entry)
         folder.rmdir()
+
+
+@contextmanager
+def new_folder(parent: Path, name: str, *, mode: int = 0o700) -> Iterator[Path]:
+    """Give a folder to be filled; it is `<parent>/<name>`, and on the disk, once the block is left.
+
+    The block closes and syncs the files that it makes. The folder has its name only after that, so one with a plain
+    name is always whole. Where the block, or the disk, raises, no trace is left. Raises `WhisperdError`
+    (`storage_errors`) and `OSError`.
+    """
+    partial, final = parent / f"{name}{PARTIAL}", parent / name
+    # A helper that was killed in the middle leaves its partial folder, or the whole one that nobody heard of.
+    remove_folder(partial)
+    remove_folder(final)
+    try:
+        with storage_errors():
+            partial.mkdir(mode=mode)
+            yield partial
+            sync_folder(partial)
+            partial.rename(final)
+            sync_folder(parent)
+    except BaseException:
+        remove_folder(partial)
+        remove_folder(final)
+        raise

@@ -18,11 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from whisperd.daemon.store.rows import pack
-from whisperd.protocol.spoolfolder import storage_errors, sync_folder
+from whisperd.protocol.spoolfolder import PARTIAL, storage_errors, sync_folder
 
 log = logging.getLogger("whisperd.spool")
-
-PARTIAL = ".partial"  # a copier's folder before it is complete and renamed
 
 
 class Spool:
