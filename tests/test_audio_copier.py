@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,13 @@ def spool(tmp_path: Path) -> Path:
     return folder
 
 
+def settings(spool: Path, *, max_source_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    return {"spool": str(spool), "max_source_bytes": max_source_bytes, "min_free_bytes": 0}
+
+
 @pytest.fixture
 def copier(spool: Path) -> Iterator[HelperProcess]:
-    with HelperProcess("whisperd.audio.copier", {"spool": str(spool), "max_source_bytes": MAX_BYTES}) as helper:
+    with HelperProcess("whisperd.audio.copier", settings(spool)) as helper:
         yield helper
 
 
@@ -80,7 +85,7 @@ def test_no_descriptor_stays_open(copier: HelperProcess) -> None:
 
 
 def test_too_large_leaves_nothing(spool: Path) -> None:
-    with HelperProcess("whisperd.audio.copier", {"spool": str(spool), "max_source_bytes": 2**20}) as copier:
+    with HelperProcess("whisperd.audio.copier", settings(spool, max_source_bytes=2**20)) as copier:
         fits, too_large = open_memory(bytes(2**20)), open_memory(bytes(2**20 + 1))
         assert isinstance(copy(copier, fits, folder="fits"), Copied)
         answer = copy(copier, too_large, run=2, folder="large")
@@ -147,7 +152,7 @@ def test_what_a_killed_copier_left_does_not_hinder_the_next(copier: HelperProces
 
 
 def test_the_helper_ends_with_its_daemon(spool: Path) -> None:
-    with HelperProcess("whisperd.audio.copier", {"spool": str(spool), "max_source_bytes": 1}) as copier:
+    with HelperProcess("whisperd.audio.copier", settings(spool)) as copier:
         assert copier.hello.role == "copier"
         assert copier.close() == 0
 

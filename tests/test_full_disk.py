@@ -28,12 +28,14 @@ from tests.support import (
     submit,
     wait_until,
 )
+from tests.test_upload import upload
 from whisperd.daemon.config import Config
 from whisperd.daemon.loop import Loop
 from whisperd.daemon.state.disk import Disk
 from whisperd.daemon.state.spool import Spool
 from whisperd.daemon.store.ballast import Ballast
 from whisperd.daemon.store.database import Database
+from whisperd.protocol.errors import WhisperdError
 
 TINY: dict[str, Any] = {
     "min_free_bytes": 0,
@@ -149,6 +151,28 @@ def test_no_setting_lets_submits_have_what_two_ballasts_need(
         leave(daemon, client, bound + 2**19)
         client.call("resume")
         assert client.result(submit(client, recording())["id"])["job"]["state"] == "done"
+
+
+def test_submits_that_come_between_two_looks_at_the_disk_leave_free_what_decoding_needs(
+    tiny: Callable[..., Daemon], recording: Callable[..., Path]
+) -> None:
+    """Each was admitted by what was free before the first; whoever writes looks again."""
+    daemon = tiny(model=NO_MODEL, disk_check_s=60)
+    daemon.start()
+    with daemon.client() as client:
+        bound = client.call("stats")["min_free_bytes"]
+        (decoder,) = wait_until(lambda: daemon.helpers("whisperd.audio.decoder"))
+        decoder.suspend()
+        files = [recording(250) for _ in range(3)]  # 8 MB each, of 20 MiB
+        job = submit(client, files[0])
+        assert error_of(lambda: submit(client, files[1])) == "storage_full"
+        with pytest.raises(WhisperdError, match="min_free_bytes") as caught:
+            upload(client, files[2].read_bytes())
+        assert caught.value.code == "storage_full"
+        wait_until(lambda: len(list((daemon.state_dir / "spool").iterdir())) == 1)
+        assert shutil.disk_usage(daemon.state_dir).free >= bound
+        decoder.resume()
+        wait_until(lambda: client.call("result", job=job["id"])["job"]["audio_s"])
 
 
 def test_a_full_disk_can_be_tidied_for_ever(tmp_path: Path) -> None:

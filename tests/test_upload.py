@@ -97,7 +97,7 @@ def spool(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def receiver(spool: Path) -> Iterator[HelperProcess]:
-    with HelperProcess("whisperd.audio.receiver", {"spool": str(spool)}) as helper:
+    with HelperProcess("whisperd.audio.receiver", {"spool": str(spool), "min_free_bytes": 0}) as helper:
         yield helper
 
 

@@ -26,6 +26,7 @@ def main() -> None:
     """Run the helper until its daemon ends."""
     link = start("copier")
     spool, max_bytes = Path(link.settings["spool"]), int(link.settings["max_source_bytes"])
+    min_free_bytes = int(link.settings["min_free_bytes"])
 
     def perform(task: Task, order: CopyIn, descriptors: list[int]) -> Copied:
         (fd,) = descriptors
@@ -35,7 +36,8 @@ def main() -> None:
             task.checkpoint(done, total)
 
         if order.keep:
-            sha256, size_bytes = copy_in(fd, spool, order.folder, max_bytes=max_bytes, on_chunk=on_chunk)
+            with new_source(spool, order.folder, min_free_bytes=min_free_bytes) as target:
+                sha256, size_bytes = _read_all(fd, target.write, max_bytes, on_chunk)
         else:
             sha256, size_bytes = _read_all(fd, lambda data: None, max_bytes, on_chunk)
         return Copied(run=order.run, generation=order.generation, sha256=sha256, size_bytes=size_bytes)
@@ -43,20 +45,14 @@ def main() -> None:
     serve(link, {CopyIn: perform})
 
 
-def copy_in(fd: int, spool: Path, folder: str, *, max_bytes: int, on_chunk: Callable[[int], None]) -> tuple[str, int]:
-    """Copy all that `fd` holds to `<spool>/<folder>/source`; return its SHA-256 in hex and its size in bytes.
-
-    Raises `WhisperdError`: `too_large`, `storage_full`, `bad_audio` (it cannot be read), or what `on_chunk` raises; no
-    trace of the copy is left then.
-    """
-    with new_source(spool, folder) as target:
-        return _read_all(fd, target.write, max_bytes, on_chunk)
-
-
 def _read_all(
     fd: int, write: Callable[[memoryview], None], max_bytes: int, on_chunk: Callable[[int], None]
 ) -> tuple[str, int]:
-    """Read until the end of the file, wherever that is by then: what was read is what counts."""
+    """Read until the end of the file, wherever that is by then: what was read is what counts.
+
+    Return its SHA-256 in hex and its size in bytes. Raises `WhisperdError`: `too_large`, `bad_audio` (it cannot be
+    read), or what `write` and `on_chunk` raise.
+    """
     digest, size_bytes = hashlib.sha256(), 0
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)

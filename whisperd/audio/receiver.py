@@ -20,11 +20,11 @@ from whisperd.protocol.tasks import Task, serve
 def main() -> None:
     """Run the helper until its daemon ends."""
     link = start("receiver")
-    spool = Path(link.settings["spool"])
+    spool, min_free_bytes = Path(link.settings["spool"]), int(link.settings["min_free_bytes"])
 
     def perform(task: Task, order: UploadBegin, descriptors: list[int]) -> Copied:
         digest = hashlib.sha256()
-        with new_source(spool, order.folder) as target:
+        with new_source(spool, order.folder, min_free_bytes=min_free_bytes) as target:
             for data in _chunks(link, order, target):
                 target.write(memoryview(data))
                 digest.update(data)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.spoolfolder import new_folder
 
 # Left alone, the kernel gathers hundreds of megabytes before it writes them, and a database commit that falls into
@@ -28,11 +29,15 @@ _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 
 
 class SpoolFile:
-    """A new file that is written from front to back. `size_bytes` is what it holds so far."""
+    """A new file that is written from front to back. `size_bytes` is what it holds so far.
 
-    def __init__(self, path: Path) -> None:
+    What would leave less than `min_free_bytes` of the disk free is not written; 0 takes all that there is.
+    """
+
+    def __init__(self, path: Path, *, min_free_bytes: int = 0) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self.size_bytes = 0
+        self._min_free_bytes = min_free_bytes
         self._written_out = 0
 
     def __enter__(self) -> SpoolFile:
@@ -42,7 +47,13 @@ class SpoolFile:
         os.close(self._fd)
 
     def write(self, data: memoryview) -> None:
-        """Append all of `data`. Raises `OSError`."""
+        """Append all of `data`. Raises `OSError` and `WhisperdError` (`storage_full`)."""
+        if self._min_free_bytes and self.free_bytes() - len(data) < self._min_free_bytes:
+            raise WhisperdError(
+                ErrorCode.STORAGE_FULL,
+                f"the disk of the spool has no room for it beside the {self._min_free_bytes} bytes that must stay free "
+                "(setting min_free_bytes, at least twice ballast_bytes): make room and submit again",
+            )
         while data:
             count = os.write(self._fd, data)
             self.size_bytes += count
@@ -78,12 +89,15 @@ class SpoolFile:
 
 
 @contextmanager
-def new_source(spool: Path, folder: str) -> Iterator[SpoolFile]:
+def new_source(spool: Path, folder: str, *, min_free_bytes: int) -> Iterator[SpoolFile]:
     """Give `<spool>/<folder>/source` to be written; it has its name, and is on the disk, once the block is left.
 
-    Where the block, or the disk, raises, no trace is left (`new_folder`). Raises `WhisperdError` (`storage_full`) and
-    `OSError`.
+    So much of the disk stays free. Where the block, or the disk, raises, no trace is left (`new_folder`). Raises
+    `WhisperdError` (`storage_full`) and `OSError`.
     """
-    with new_folder(spool, folder) as partial, SpoolFile(partial / "source") as target:
+    with (
+        new_folder(spool, folder) as partial,
+        SpoolFile(partial / "source", min_free_bytes=min_free_bytes) as target,
+    ):
         yield target
         target.sync()

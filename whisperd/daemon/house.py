@@ -128,13 +128,12 @@ class House:
 
     def _pool(self, role: str, size: int, silent_s: float, env: dict[str, str], freed: Callable[[], None]) -> Pool:
         config = self.config
-        settings: dict[str, Any] = {"spool": str(self.ledger.spool.path)}
+        settings: dict[str, Any] = {"spool": str(self.ledger.spool.path), "min_free_bytes": config.kept_free_bytes}
         address = None
         if role == "decoder":
             settings["min_free_bytes"] = config.decoding_free_bytes
         if role == "fetcher":
-            settings = {"spool": str(self.ledger.spool.downloads), "cache_dir": str(config.cache_dir)}
-            settings["min_free_bytes"] = config.kept_free_bytes
+            settings |= {"spool": str(self.ledger.spool.downloads), "cache_dir": str(config.cache_dir)}
             address = Path(config.fetch_socket) if config.fetch_socket else None
         names = {
             "copier": ("max_source_bytes",),
