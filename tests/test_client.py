@@ -453,6 +453,16 @@ def test_an_attached_job_is_held_as_it_was_asked_for(peer: Peer, client: Client,
     assert [params.options["temperature"] for params in sent] == [[0.0, 0.5]] * 2
 
 
+def test_short_requests_do_not_wait_until_many_jobs_are_held_again(peer: Peer, client: Client, talk: Path) -> None:
+    for _ in range(MAX_OPEN_WAITS + 1):
+        client.submit(talk, attached=True)
+    peer.silent.add("submit")  # each is compared, which takes long
+    peer.hang_up()
+    peer.wait_for(lambda: peer.seen("submit") == 2 * MAX_OPEN_WAITS + 1)
+    assert in_thread(client.health)()["status"] == "ready"
+    assert in_thread(partial(client.cancel, 1))().state == "cancelled"
+
+
 def test_retry_is_not_done_twice(peer: Peer, client: Client) -> None:
     peer.add_job(state="failed")
     peer.drop["retry"] = 1

@@ -71,6 +71,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, *, on_lost: Callable[[], None]) -> None:
         self._channel = open_channel(sock)
+        self.greeted = threading.Event()  # what hangs on this client's connections has been asked for by this one
         self._on_lost = on_lost  # called in the reader's thread, as the last thing it does
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()

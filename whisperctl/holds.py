@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from copy import deepcopy
@@ -56,10 +57,19 @@ class Holds:
             return True
 
     def submit_all(self, connection: Connection) -> None:
-        """Hold them by a new connection as well. Raises `ConnectionLost`."""
+        """Hold them by a new connection as well. Raises `ConnectionLost`, and `OSError` without a descriptor."""
         with self._lock:
-            for hold in self._held.values():
-                connection.post("submit", hold.params, hold.descriptors)
+            job_ids = list(self._held)
+        for job_id in job_ids:
+            with self._lock:
+                if (hold := self._held.get(job_id)) is None:
+                    continue
+                descriptors = [os.dup(fd) for fd in hold.descriptors]  # the job may end, and its file be closed
+            try:
+                connection.post("submit", hold.params, descriptors)  # waits for a place where many are open
+            finally:
+                for fd in descriptors:
+                    os.close(fd)
 
     def release(self, job_id: int) -> None:
         """Let go of a job that has ended, if it is held."""

@@ -27,9 +27,9 @@ class Link:
     """Carries requests to the daemon, whichever connection that takes.
 
     A daemon that has been reached once and goes away is tried again for `reconnect_s`; one that was never there is
-    told of at once. `greet` is called with each new connection before anybody uses it; while `needed()` a lost
-    one is renewed without waiting for the next request. `notify` is called with a few words when the daemon is gone,
-    and with "" when it is back.
+    told of at once. While `needed()`, a lost connection is renewed without waiting for the next request, and `greet` is
+    called with each new one, in a thread of its own: what `waits` comes after it, short requests do not wait for it.
+    `notify` is called with a few words when the daemon is gone, and with "" when it is back.
     """
 
     def __init__(
@@ -86,6 +86,9 @@ class Link:
             connection = self._reach(patience, self._connection)
             with self._trying(patience):
                 try:
+                    # With as many waits of its own open, what `greet` asks would find no place.
+                    if waits and not connection.greeted.wait(seconds_left(deadline)):
+                        raise TimeoutError
                     result = connection.request(op, params, descriptors, waits=waits, deadline=deadline)
                 except ConnectionLost as error:
                     if resend:
@@ -209,11 +212,21 @@ class Link:
             if self._current is None or self._current.lost:
                 sock, path = connect(self._paths)
                 self._settle(path)
-                connection = Connection(sock, on_lost=self._renew)
-                with suppress(ConnectionLost):  # the caller finds out by itself, and tries again
-                    self._greet(connection)
-                self._current = connection
+                self._current = Connection(sock, on_lost=self._renew)
+                if self._needed():
+                    threading.Thread(
+                        target=self._greet_new, args=(self._current,), name="whisperd greeting", daemon=True
+                    ).start()
+                else:
+                    self._current.greeted.set()
             return self._current
+
+    def _greet_new(self, connection: Connection) -> None:
+        try:
+            with suppress(ConnectionLost, OSError):  # the next one is greeted as well; or no descriptor is to spare
+                self._greet(connection)
+        finally:
+            connection.greeted.set()
 
     def _renew(self) -> None:
         """Connect again although nobody asks, for the sake of what hangs on the connection."""
