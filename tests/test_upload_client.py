@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PLAIN_OPTIONS, Daemon, running_daemon, wait_until
+from tests.support import NO_MODEL, PLAIN_OPTIONS, Daemon, running_daemon, submit, wait_until, write_noise
 from tests.test_cli_terminal import Terminal
 from whisperctl import Client, SourceUnreadable, WhisperdError
 from whisperd.protocol.messages import MAX_CHUNK_BYTES
@@ -110,6 +110,20 @@ def test_an_attached_upload_is_held_by_its_client(forwarded: Path, recording: Ca
             job = far.submit(recording(600), attached=True, **PLAIN_OPTIONS)
             wait_until(lambda: watcher.job(job.id).state == "running")
         assert watcher.result(job.id, wait=True).job.state == "cancelled"
+
+
+def test_attached_uploads_outlive_their_daemon(tmp_path: Path) -> None:
+    with running_daemon(model=NO_MODEL, attach_grace_s=5) as daemon, forwarding(daemon) as socket:
+        with Client(socket) as far, Client(daemon.socket) as watcher, daemon.client() as leaves:
+            paths = [write_noise(tmp_path / f"{number}.wav", 0.1) for number in range(4)]
+            held = [far.submit(path, attached=True, **PLAIN_OPTIONS).id for path in paths[:3]]
+            lost = submit(leaves, paths[3], attached=True)["id"]
+            daemon.kill()
+            daemon.start()
+            assert watcher.result(lost, wait=True).job.state == "cancelled", "its holder did not come back"
+            assert [watcher.job(job).state for job in held] == ["queued"] * 3
+        with Client(daemon.socket) as watcher:
+            assert [watcher.result(job, wait=True).job.state for job in held] == ["cancelled"] * 3, "far has left"
 
 
 def test_a_refusal_is_the_daemons_own_word(forwarded: Path, tmp_path: Path) -> None:

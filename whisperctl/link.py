@@ -28,7 +28,8 @@ class Link:
 
     A daemon that has been reached once and goes away is tried again for `reconnect_s`; one that was never there is
     told of at once. While `needed()`, a lost connection is renewed without waiting for the next request, and `greet` is
-    called with each new one, in a thread of its own: what `waits` comes after it, short requests do not wait for it.
+    called with each new one, and with what opens others beside it, in a thread of its own: what `waits` comes once it
+    is `greeted`, short requests do not wait for that.
     `notify` is called with a few words when the daemon is gone, and with "" when it is back.
     """
 
@@ -38,7 +39,7 @@ class Link:
         *,
         timeout_s: float = 30.0,
         reconnect_s: float = 60.0,
-        greet: Callable[[Connection], None] = lambda connection: None,
+        greet: Callable[[Connection, Callable[[], Channel]], None] = lambda connection, open_channel: None,
         needed: Callable[[], bool] = lambda: False,
         notify: Callable[[str], None] = lambda words: None,
     ) -> None:
@@ -223,8 +224,9 @@ class Link:
 
     def _greet_new(self, connection: Connection) -> None:
         try:
-            with suppress(ConnectionLost, OSError):  # the next one is greeted as well; or no descriptor is to spare
-                self._greet(connection)
+            # Lost: the next one is greeted as well. Closed: nothing is held any more. Or no descriptor is to spare.
+            with suppress(ConnectionLost, DaemonUnreachable, RuntimeError, OSError):
+                self._greet(connection, self._channel)
         finally:
             connection.greeted.set()
 
