@@ -5,8 +5,9 @@ Each subject has a process of its own and a limit of time, prints each row as so
 other. Those that matter most come first; what does not fit into `--minutes` (8) is named in the table. Where there is
 less time, name some: `python -m bench.gpu recording fidelity steps-turbo`.
 
-A machine that reaches no package index needs this tree, an environment with the server's packages and, without flite,
-what `python -m bench.gpu --speak FOLDER` writes (9 MB).
+A machine that reaches no package index needs an environment with the server's packages, in which this tree is installed
+(`pip install --no-index --no-deps --no-build-isolation -e .`), and, without flite, what `python -m bench.gpu --speak
+FOLDER` writes (9 MB).
 `--quick --device cpu` does all of it in small: that shows that the measuring works, and nothing else.
 """
 

@@ -72,6 +72,8 @@ class Place:
         if not path.exists():
             dims, words = (planted.TINY, 2) if self.quick else (SIZES[size], planted.WORDS)
             planted.write_planted(dims, path, device=str(self.device), words=words)
+            if self.on_gpu:
+                torch.cuda.empty_cache()  # else it would not count as free
         return str(path)
 
     def spoken_model(self) -> str:
