@@ -20,6 +20,7 @@ from tests.test_batch_rules import CPU, Late, assert_same, live_rows, said_alone
 from whisperd.model.batch.caches import Cache
 from whisperd.model.batch.pieces import Pieces
 from whisperd.model.batch.search import Outcome, search_of
+from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
@@ -84,7 +85,7 @@ def test_windows_that_begin_beside_each_other_say_what_each_says_alone(babbler: 
 
 
 def test_slots_are_swapped_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = Cache(layers=2, heads=2, length=4, width=3, slots=3, dtype=torch.float32, device=CPU, turned=True)
+    cache = Cache(layers=2, heads=2, length=4, width=3, slots=3, zeros=Kernels(CPU, torch.float32).zeros, turned=True)
     tensors = (*cache.keys, *cache.values)
     for tensor in tensors:
         tensor.copy_(torch.randn(tensor.shape))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from whisperd.model.batch.caches import Cache
+from whisperd.model.batch.kernels import Kernels
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -21,8 +22,7 @@ def test_a_slot_takes_memory_when_it_is_written(turned: bool) -> None:
         length=1500,
         width=64,
         slots=40,  # 246 MB of keys and values
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        zeros=Kernels(torch.device("cpu"), torch.float32).zeros,
         turned=turned,
     )
     assert resident_mb() - before < 60

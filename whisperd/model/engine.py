@@ -25,8 +25,6 @@ from whisperd.model.loading import LoadedModel
 from whisperd.model.memory import free_bytes, windows_that_fit
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 
-# Beyond 8 rows a step on a CPU takes longer by as much as it does more.
-MOST_WINDOWS = {"cpu": 8, "cuda": 32}
 _ROWS_A_WINDOW = 5  # so many beams of every window step beside each other
 
 
@@ -71,7 +69,7 @@ class Engine:
                 free_bytes(model.device, limit_mb=memory_limit_mb),
                 window_bytes=self.decoder.window_bytes,
                 row_bytes=self.decoder.row_bytes,
-                most=MOST_WINDOWS[model.device.type],
+                most=kernels.most_windows,
             )
             # One more, for interactive work.
             live = live_rows(self.decoder, kernels, windows=self.windows + 1, rows=self.windows + 1)

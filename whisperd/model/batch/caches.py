@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ class Cache:
     """For each layer keys and values of the shape `(slots, heads, length, width)`; where `turned`, length is last.
 
     Used twice: what a row has said (length is the text context), and what a window's audio offers (the audio context;
-    all candidates of a window share one slot). Slots grow as they are asked for: a CPU's memory is taken when written.
+    all candidates of a window share one slot). Slots grow as they are asked for. `zeros` makes tensors of a shape.
     """
 
     def __init__(
@@ -24,15 +23,14 @@ class Cache:
         length: int,
         width: int,
         slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        zeros: Callable[..., Tensor],
         turned: bool = False,
     ) -> None:
         self.length = length
         self.generation = 0  # goes up when the tensors are others
         self._turned = turned
         self._shape = (heads, width, length) if turned else (heads, length, width)
-        self._dtype, self._device = dtype, device
+        self._make_zeros = zeros
         # Zeros and not what lay there: a masked position counts nothing, but nothing times NaN is NaN.
         self.keys = [self._zeros(slots) for _ in range(layers)]
         self.values = [self._zeros(slots) for _ in range(layers)]
@@ -98,7 +96,4 @@ class Cache:
                 tensor[targets, :, :length] = tensor[source, :, :length]
 
     def _zeros(self, slots: int) -> Tensor:
-        if self._device.type == "cpu" and self._dtype is torch.float32:
-            # Zeros that the kernel gives when they are first written; torch writes its own at once.
-            return torch.from_numpy(np.zeros((slots, *self._shape), np.float32))
-        return torch.zeros(slots, *self._shape, dtype=self._dtype, device=self._device)
+        return self._make_zeros(slots, *self._shape)

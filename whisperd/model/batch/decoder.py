@@ -17,7 +17,6 @@ from whisperd.model.batch.layers import Linear
 from whisperd.model.batch.pieces import Pieces
 
 _ROWS = 8  # what the layers are laid out for; other numbers work too
-_VOCABULARY_MULTIPLE = 64  # tensor cores want a whole number of tiles
 
 Attend = Callable[[int, Tensor], Tensor]
 
@@ -246,8 +245,7 @@ class Decoder:
             length=length,
             width=self.width // self._heads,
             slots=slots,
-            dtype=self._kernels.stream,
-            device=self._kernels.device,
+            zeros=self._kernels.zeros,
             turned=turned,
         )
 
@@ -255,9 +253,8 @@ class Decoder:
         return 2 * len(self._blocks) * length * self.width * self._kernels.stream.itemsize
 
     def _padded_embeddings(self) -> Tensor:
-        if self._kernels.device.type == "cpu":
-            return self._embeddings
-        return F.pad(self._embeddings, (0, 0, 0, -self.vocabulary % _VOCABULARY_MULTIPLE))
+        missing = -self.vocabulary % self._kernels.rows_multiple
+        return F.pad(self._embeddings, (0, 0, 0, missing)) if missing else self._embeddings
 
 
 def _join(x: Tensor) -> Tensor:

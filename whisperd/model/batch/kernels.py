@@ -1,4 +1,4 @@
-"""The one place where a CPU and a GPU compute differently: how a matrix is laid out, and in which types."""
+"""The one place where a CPU and a GPU compute differently: layouts, types, what is worth its time, memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +40,25 @@ class Kernels:
             _choose_libraries()
 
     @property
+    def most_windows(self) -> int:
+        """How many windows at once are worth it: with more a step takes longer by as much as it does more."""
+        return 8 if self.device.type == "cpu" else 32
+
+    @property
     def encodes_beside_steps(self) -> bool:
         """True where an encoder block between steps costs the rows little: a GPU waits for launches in both."""
         return self.device.type != "cpu"
+
+    @property
+    def rows_multiple(self) -> int:
+        """Of what the rows of a large matrix should be a multiple: tensor cores want a whole number of tiles."""
+        return 1 if self.device.type == "cpu" else 64
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return a tensor for what flows between layers; on a CPU its memory is taken when it is first written."""
+        if self.device.type == "cpu":  # where the stream is always float32; torch writes its zeros at once
+            return torch.from_numpy(np.zeros(shape, np.float32))
+        return torch.zeros(shape, dtype=self.stream, device=self.device)
 
     def give_back(self) -> None:
         """Let others have the memory of tensors that are gone."""
