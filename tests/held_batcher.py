@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from whisper.decoding import DecodingOptions
 
 from tests import models
 from tests.support import wait_until
 from whisperd.model.batch.batcher import Request
 from whisperd.model.batch.kernels import Kernels
+from whisperd.model.batch.layers import Linear
 from whisperd.model.batch.rows import LiveRows
 from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.engine import Engine
 from whisperd.model.loading import load
 from whisperd.model.worker import INTERACTIVE_IN_A_ROW, Turn
 
+AUDIO_POSITIONS = models.MICRO.n_audio_ctx  # of all models
 OPTIONS = DecodingOptions(language="en", fp16=False, sample_len=16)
 
 
@@ -32,6 +35,33 @@ class LikeAGpu(Kernels):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), torch.float32)
+
+
+class CountsBlocks(Kernels):
+    """Counts the blocks of the encoder that are computed, on a CPU, and says so in the middle of each."""
+
+    def __init__(self, *, encodes_beside_steps: bool = False) -> None:
+        super().__init__(torch.device("cpu"), torch.float32)
+        self.blocks = 0
+        self.on_block: Callable[[], None] = lambda: None
+        self._encodes_beside_steps = encodes_beside_steps
+
+    @property
+    def encodes_beside_steps(self) -> bool:
+        return self._encodes_beside_steps
+
+    def linear(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> Linear:
+        layer = super().linear(weight, bias, rows=rows)
+        height, width = weight.shape
+        if rows != AUDIO_POSITIONS or height != 4 * width:  # each block of the encoder has one such
+            return layer
+
+        def counted(x: Tensor) -> Tensor:
+            self.blocks += 1
+            self.on_block()
+            return layer(x)
+
+        return counted
 
 
 class Windows:

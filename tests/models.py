@@ -58,10 +58,10 @@ def babbler_checkpoint(folder: Path) -> Path:
     return path
 
 
-def babbler(layers: int = 1) -> Whisper:
+def babbler(layers: int = 1, *, audio_layers: int = 1) -> Whisper:
     """Return a model of random weights: what it says depends on the audio and all tokens before; it ends at times."""
     torch.manual_seed(1)
-    model = Whisper(replace(MICRO, n_text_layer=layers))
+    model = Whisper(replace(MICRO, n_text_layer=layers, n_audio_layer=audio_layers))
     model.decoder.positional_embedding.data = torch.randn(MICRO.n_text_ctx, MICRO.n_text_state)
     for block in model.decoder.blocks:
         block.cross_attn.out.weight.data *= 8

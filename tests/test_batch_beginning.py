@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from whisper.model import Whisper
 from whisper.tokenizer import get_tokenizer
 
 from tests import models
-from tests.held_batcher import window_of
+from tests.held_batcher import CountsBlocks, window_of
 from tests.support import wait_until
 from tests.test_batch_rules import CPU, Late, assert_same, live_rows, said_alone, task_of
+from whisperd.model.batch.batcher import Request
 from whisperd.model.batch.caches import Cache
+from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.pieces import Pieces
 from whisperd.model.batch.search import Outcome, search_of
-from whisperd.model.batch.kernels import Kernels
 from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.engine import Engine
 from whisperd.model.loading import LoadedModel
@@ -35,6 +37,13 @@ OPTIONS = DecodingOptions(language="en", fp16=False, sample_len=12)
 def babbler() -> Whisper:
     torch.set_num_threads(1)
     return models.babbler(LAYERS)
+
+
+@pytest.fixture(scope="module")
+def far_hearing() -> Whisper:
+    """Return one whose encoder has as many layers, and its decoder one."""
+    torch.set_num_threads(1)
+    return models.babbler(audio_layers=LAYERS)
 
 
 # --- the live rows: others come and go meanwhile ---
@@ -109,15 +118,16 @@ def test_slots_are_swapped_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) 
 class Watched:
     """An engine that is looked at between any two pieces of its work."""
 
-    def __init__(self, model: Whisper) -> None:
+    def __init__(self, model: Whisper, **options: Any) -> None:
         self.look: Callable[[], None] = lambda: None
         loaded = LoadedModel(whisper=model, name="random", device=CPU, dtype=torch.float32)
-        self.engine = Engine(loaded, on_step=lambda: self.look(), windows=2)
+        self.engine = Engine(loaded, on_step=lambda: self.look(), windows=2, **options)
         self.batcher = self.engine.batcher
         self.live = self.batcher._live
 
-    def decode(self, turn: Turn, seed: int) -> list[int]:
-        return list(self.engine.decode(turn, KeptWindows(), window_of(seed), OPTIONS, seed=0).tokens)
+    def decode(self, turn: Turn, seed: int, **options: Any) -> list[int]:
+        wanted = replace(OPTIONS, **options)
+        return list(self.engine.decode(turn, KeptWindows(), window_of(seed), wanted, seed=0).tokens)
 
     def language(self, turn: Turn, seed: int) -> object:
         return self.engine.detect_language(turn, window_of(seed))
@@ -172,3 +182,90 @@ def test_an_urgent_window_overtakes_one_that_is_being_begun(babbler: Whisper) ->
     assert overtook
     watched.look = lambda: None
     assert found == {"urgent": watched.decode(Turn(), 2), "background": watched.decode(Turn(), 1)}
+
+
+@pytest.mark.parametrize("beside_steps", [False, True], ids=["cpu", "gpu"])
+def test_an_urgent_window_waits_for_one_block_and_one_step(far_hearing: Whisper, beside_steps: bool) -> None:
+    """One window is live, and the next one is in the middle of its first block."""
+    kernels = CountsBlocks(encodes_beside_steps=beside_steps)
+    watched = Watched(far_hearing, kernels=kernels)
+    turns = [Turn(), Turn(), Turn(interactive=True)]
+    live, encoded, urgent = [
+        threading.Thread(target=watched.decode, args=(turn, seed), daemon=True) for seed, turn in enumerate(turns)
+    ]
+    done: list[tuple[int, int]] = []  # blocks and steps, when the urgent one comes, and as long as it waits
+
+    def note() -> None:
+        done.append((kernels.blocks, watched.live.steps))
+
+    def begin(asking: threading.Thread) -> None:
+        waiting = len(watched.batcher._waiting)
+        asking.start()
+        wait_until(lambda: len(watched.batcher._waiting) > waiting)
+
+    def break_in() -> None:
+        if encoded.ident and not urgent.ident:
+            begin(urgent)
+            note()
+
+    def look() -> None:
+        if watched.live.owners and not encoded.ident:
+            begin(encoded)
+        if any(request.turn.interactive and request.pieces is None for request in watched.batcher._waiting):
+            note()
+
+    kernels.on_block, watched.look = break_in, look
+    live.start()
+    for thread in (live, encoded, urgent):  # each has asked before the one before it is done
+        thread.join(60)
+    assert done[0][0] == LAYERS + 1, "it came in the first block of the second window"
+    (blocks, steps), (blocks_at_last, steps_at_last) = done[0], done[-1]
+    assert blocks_at_last == blocks, "the block that was under way, and none besides"
+    assert steps_at_last <= steps + beside_steps
+
+
+def test_an_urgent_window_waits_for_few_blocks_of_what_stood_still(far_hearing: Whisper) -> None:
+    """Behind a stream of urgent windows another one is due, and gets a block now and then: not all at once."""
+    kernels = CountsBlocks()
+    in_a_row, turn = 4, Turn(interactive=True)
+    watched = Watched(far_hearing, kernels=kernels, interactive_in_a_row=in_a_row)
+    said = list[list[int]]()
+    began_behind, of_others, waited_for = -1, 0, dict[Request, list[int]]()
+
+    def stream() -> None:
+        for seed in range(4 * in_a_row):
+            if began_behind < 0:
+                watched.decode(turn, seed, sample_len=3)
+
+    streaming = threading.Thread(target=stream, daemon=True)
+    waiting = threading.Thread(target=lambda: said.append(watched.decode(Turn(), 99)), daemon=True)
+
+    def urgent() -> list[Request]:
+        return [each for each in (*watched.batcher._waiting, *watched.live.owners) if each.turn.interactive]
+
+    def on_block() -> None:
+        nonlocal of_others
+        (running,) = [each for each in watched.batcher._waiting if getattr(each.pieces, "gi_running", False)]
+        of_others += not running.turn.interactive
+
+    def look() -> None:
+        nonlocal began_behind
+        if not waiting.ident:
+            waiting.start()
+            wait_until(lambda: len(watched.batcher._waiting) == 2)
+        wait_until(lambda: urgent() or not streaming.is_alive())
+        for each in watched.batcher._waiting:
+            if each.turn.interactive:
+                waited_for.setdefault(each, []).append(of_others)
+        if began_behind < 0 and any(not each.turn.interactive for each in watched.live.owners):
+            began_behind = len(waited_for)
+
+    kernels.on_block, watched.look = on_block, look
+    streaming.start()
+    streaming.join(120)
+    waiting.join(60)
+    assert in_a_row < began_behind < 4 * in_a_row, "it moved, when its turn came"
+    assert of_others == LAYERS
+    assert max(counts[-1] - counts[0] for counts in waited_for.values()) in (1, 2)
+    watched.look = lambda: None
+    assert said == [watched.decode(Turn(), 99)]

@@ -85,7 +85,8 @@ def test_background_windows_move_under_a_stream_of_interactive_ones(tmp_path: Pa
         windows.ask(f"urgent {n}", interactive=True)
     windows.go.set()
     windows.join()
-    assert windows.begun.index("background") == INTERACTIVE_IN_A_ROW
+    # From then on a piece of it comes first after so many pieces: a window is few of those here.
+    assert INTERACTIVE_IN_A_ROW <= windows.begun.index("background") < 2 * INTERACTIVE_IN_A_ROW
 
 
 def test_interactive_windows_do_not_wait_for_background_ones_that_move(tmp_path: Path) -> None:

@@ -161,7 +161,11 @@ class Config:
     )
 
     interactive_windows_in_a_row: int = _setting(
-        8, "Windows of interactive recordings that the model takes in a row while background ones wait.", low=1
+        8,
+        "Windows of interactive recordings that the model takes in a row while background ones wait. Behind those a "
+        "piece of background work (a block of the encoder) comes first after as many pieces of interactive work, until "
+        "a background window has begun.",
+        low=1,
     )
 
     # --- the queue ---

@@ -135,7 +135,9 @@ class Batcher:
         self._on_step, self._leave = on_step, leave
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
-        self._interactive_in_a_row, self._most_in_a_row = 0, interactive_in_a_row
+        self._most_in_a_row = interactive_in_a_row
+        # Of interactive work while background work waits: windows since one of that began, pieces since one of that.
+        self._windows_in_a_row = self._pieces_in_a_row = 0
         start_thread(self._serve, name="batcher", cores=torch.get_num_threads())
 
     def call(self, request: Request) -> Any:
@@ -187,17 +189,20 @@ class Batcher:
             waiting = list(self._waiting)
         interactive = [request for request in waiting if request.turn.interactive]
         background = self._in_turn([request for request in waiting if not request.turn.interactive])
-        if self._interactive_in_a_row >= self._most_in_a_row and self._must_move(background):
+        due = min(self._windows_in_a_row, self._pieces_in_a_row) >= self._most_in_a_row and self._must_move(background)
+        if due:
             order = background
         elif interactive or (self._interactive_is_live() and not self._kernels.encodes_beside_steps):
             order = interactive
         else:
             order = background
         order.sort(key=lambda request: request.pieces is None)  # what is half done comes first: it holds memory
+        if due and order[0].window.features is None:
+            return order[0]  # it needs no place yet, and when there is one it need not hold up anybody with that
         return next((request for request in order if self._fits(request)), None)
 
     def _must_move(self, background: list[Request]) -> bool:
-        """Return whether background work stands still unless it comes first now.
+        """Return whether background work stands still unless a piece of it comes first now.
 
         It crawls under a stream of interactive work, but it moves. While its windows take all its places it does, and
         interactive work need not wait for one of them to end.
@@ -217,13 +222,12 @@ class Batcher:
         return background
 
     def _fits(self, request: Request) -> bool:
-        if request.task is None or not self._live.count:
+        if request.task is None or not self._live.count or request in self._live.beginning:
             return True
-        beginning = [each for each in self._live.beginning if each is not request]
-        windows = len(self._live.owners) + len(beginning) + 1
+        windows = len(self._live.owners) + len(self._live.beginning) + 1
         if request.turn.interactive:
             return windows <= self._limits.windows + 1
-        rows = self._live.count + sum(each.rows for each in beginning) + request.rows
+        rows = self._live.count + sum(each.rows for each in self._live.beginning) + request.rows
         return windows <= self._limits.windows and rows <= self._limits.rows
 
     def _interactive_is_live(self) -> bool:
@@ -233,6 +237,7 @@ class Batcher:
 
     def _further(self, request: Request) -> None:
         """Compute one piece more of it; after the last one it is live, or answered."""
+        self._pieces_in_a_row = self._pieces_in_a_row + 1 if request.turn.interactive else 0
         if request.pieces is None:
             request.pieces = self._pieces(request)
         try:
@@ -245,7 +250,7 @@ class Batcher:
             place = self._waiting.index(request)
             earlier = self._waiting[:place]
             del self._waiting[place]
-        self._interactive_in_a_row = self._interactive_in_a_row + 1 if request.turn.interactive and others else 0
+        self._windows_in_a_row = self._windows_in_a_row + 1 if request.turn.interactive and others else 0
         if request.task is None:
             request.settle(outcome)
         elif not request.turn.interactive:
