@@ -14,6 +14,7 @@ from bench.recordings import TEXT as STORY
 from bench.recordings import speak_sentences
 from bench.weights import base_folder
 from bench.words import word_error_rate
+from tests.held_batcher import CountsBlocks
 from tests.model_bench import Bench, all_of, check_equal, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program, speak_apart
 from whisperd.model.coverage import Coverage, length_s
@@ -58,7 +59,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(spool: Path) -> Bench:
-    return open_bench("demo", spool)
+    return open_bench("demo", spool, kernels=CountsBlocks())
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +116,13 @@ def test_no_audio_at_all(base: Bench) -> None:
 @pytest.mark.parametrize("where", ["while encoding", "while decoding", "while aligning"])
 def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
     run, sent = tiny.begin("short", word_timestamps=True)
-    counters = tiny.engine.counters
-    windows, tokens = counters.windows, counters.tokens
+    counters, kernels = tiny.engine.counters, tiny.engine.kernels
+    assert isinstance(kernels, CountsBlocks)
+    windows, tokens, blocks = counters.windows, counters.tokens, kernels.blocks
 
     def cancel() -> None:
         decoded = {
-            "while encoding": True,
+            "while encoding": kernels.blocks == blocks + 2,
             "while decoding": counters.tokens >= tokens + 5,
             "while aligning": counters.windows > windows,
         }
@@ -133,6 +135,7 @@ def test_a_cancelled_run_leaves_nothing_behind(tiny: Bench, where: str) -> None:
     finally:
         tiny.on_step = lambda: None
     assert raised.value.code == "cancelled"
+    assert kernels.blocks - blocks == (2 if where == "while encoding" else tiny.model.whisper.dims.n_audio_layer)
     assert counters.windows == windows + (where == "while aligning")
     assert counters.tokens - tokens <= (0 if where == "while encoding" else 448)
     assert not any(isinstance(message, Segments) for message in sent)
