@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import threading
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from whisper.decoding import DecodingResult
 
 from bench.reduced import load_as
 from bench.words import word_error_rate
@@ -22,7 +24,7 @@ from tests.drawing import upstream_draws
 from tests.held_batcher import LikeAGpu
 from tests.model_bench import Bench, all_of, check_equal, open_bench, write_folders
 from tests.support import requires_program, speak, speak_apart, wait_until
-from whisperd.model.batch.windows import KeptWindows
+from whisperd.model.batch.windows import MOST_RESULTS, KeptWindows
 from whisperd.model.journal import Strand
 
 # A window of speech and the beginning of a second: a prompt of a hundred tokens.
@@ -156,3 +158,20 @@ def test_digest_tells_windows_apart() -> None:
     assert kept.window(mel.clone()) is first
     mel[3, 7] = np.nextafter(np.float32(0), np.float32(1)).item()
     assert kept.window(mel) is not first
+
+
+def test_as_many_results_are_kept_as_is_said_and_no_failures() -> None:
+    kept, asked = KeptWindows(), list[int]()
+
+    def decode(number: int) -> DecodingResult:
+        asked.append(number)
+        if asked == [0]:
+            raise RuntimeError("out of memory")
+        return DecodingResult(audio_features=torch.empty(0), language=str(number))
+
+    with pytest.raises(RuntimeError):
+        kept.decoded(0, partial(decode, 0))
+    found = [kept.decoded(number, partial(decode, number)) for number in (*range(MOST_RESULTS), 0)]
+    assert [result.language for result, known in found if known] == ["0"]
+    found = [kept.decoded(number, partial(decode, number)) for number in (MOST_RESULTS, 0, 1)]
+    assert [known for _, known in found] == [False, True, False], "the one that was asked for longest ago is forgotten"

@@ -13,6 +13,7 @@ from whisper.decoding import DecodingOptions, DecodingTask
 from tests import models
 from tests.model_bench import Bench, check_same, open_bench, speak_into, write_folders
 from tests.support import requires_program
+from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.fast import Unheard
 from whisperd.model.journal import Journal, VoidJournal, fingerprint, read_journal
 from whisperd.model.mel import FileMel, MelWindow
@@ -158,7 +159,7 @@ def test_a_cancelled_run_is_not_replayed_to_its_end(micro: Bench) -> None:
 def test_a_question_has_no_more_of_the_prompt_than_the_model_reads(micro: Bench) -> None:
     """With conditioning the prompt is all that was said; the same last tokens are the same question."""
     journal, counters = list[bytes](), micro.engine.counters
-    proxy = ProxyModel(micro.engine, Turn(), Unheard(), Journal([], journal.append).strand("all"))
+    proxy = ProxyModel(micro.engine, Turn(), Unheard(), Journal([], journal.append).strand("all"), KeptWindows())
     mel = FileMel(
         micro.spool / "noise" / "audio.pcm",
         n_mels=80,

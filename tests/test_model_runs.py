@@ -217,6 +217,28 @@ def test_the_defaults_are_those_of_the_function() -> None:
 
 
 @pytest.fixture(scope="module")
+def small(spool: Path, micro: Path) -> Bench:
+    """Return one of a model that says something about any sound."""
+    return open_bench(str(micro), spool)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_each_window_is_encoded_once(small: Bench, mode: str) -> None:
+    """The language is found in the first one; each is tried again, and its words get their times."""
+    counters = small.engine.counters
+    windows, encoded = counters.windows, counters.encoded
+    options = {"temperature": [0, 0.4], "compression_ratio_threshold": 0.01, "best_of": 2, "word_timestamps": True}
+    run, sent = small.begin("speech", mode=mode, **options)
+    transcript = run.transcribe()
+    asked_for = len(run._times_seen)
+    assert asked_for >= 2
+    assert (counters.windows - windows, counters.encoded - encoded) == (2 * asked_for, asked_for)
+    assert all(segment.words for segment in transcript.segments)
+    answers = [message for message in sent if isinstance(message, JournalEntry)]
+    assert len(answers) == 1 + 3 * asked_for, "the language; two tries and words of each"
+
+
+@pytest.fixture(scope="module")
 def with_silence(spool: Path) -> Path:
     """Add `between`: 40 s of silence and noise, speech, 35 s of noise, speech; and `noise`, 20 s: nobody speaks."""
     speech = np.fromfile(spool / "speech" / "audio.pcm", "<i2")
@@ -253,11 +275,10 @@ def test_fast_gives_the_same_however_many_windows_are_decoded_together(tiny: Ben
 
 
 @pytest.mark.parametrize("folder", ["noise", "nothing"])
-def test_fast_gives_no_text_where_nobody_speaks(with_silence: Path, micro: Path, folder: str) -> None:
+def test_fast_gives_no_text_where_nobody_speaks(with_silence: Path, small: Bench, folder: str) -> None:
     """Not even of a model that says something about any sound."""
-    bench = open_bench(str(micro), with_silence)
-    assert folder == "nothing" or bench.begin(folder)[0].transcribe().text
-    run, _ = bench.begin(folder, mode="fast")
+    assert folder == "nothing" or small.begin(folder)[0].transcribe().text
+    run, _ = small.begin(folder, mode="fast")
     transcript = run.transcribe()
     assert (transcript.text, transcript.segments) == ("", [])
     assert transcript.coverage == Coverage(speech_s=0, transcribed_s=0, gaps=[])
@@ -280,6 +301,18 @@ def test_fast_hears_each_window_once_and_to_its_end(tiny: Bench) -> None:
     assert word_error_rate(recording.text, transcript.text) < 0.1
     assert recording.length_s - 1 < transcript.segments[-1].end < recording.length_s + 1
     assert transcript.coverage.gaps == []
+
+
+def test_fast_decodes_a_window_that_comes_again_once(tiny: Bench) -> None:
+    """The same speech after half a minute, both times cut alike, and the two at work at the same time."""
+    speech = (tiny.spool / "few" / "audio.pcm").read_bytes()[: 2 * 30 * 16_000]
+    tiny.record("again", speech * 2)
+    counters = tiny.engine.counters
+    windows, encoded, reused = counters.windows, counters.encoded, counters.reused
+    run, _ = tiny.begin("again", mode="fast", temperature=0, clip_timestamps=[1, 2.01, 31, 32.01])
+    first, second = run.transcribe().segments
+    assert (counters.windows - windows, counters.encoded - encoded, counters.reused - reused) == (1, 1, 1)
+    assert (first.text, round(second.start - first.start, 2)) == (second.text, 30)
 
 
 def test_fast_keeps_to_the_clips(tiny: Bench, with_silence: Path) -> None:

@@ -129,14 +129,15 @@ class Engine:
         # fp16 is about the mel, which the encoder casts to whatever type the model computes in.
         task = DecodingTask(self.model.whisper, replace(options, fp16=False))
         key = (window.digest, repr(task.options), seed if task.options.temperature else None, speech_until)
-        result = kept.result(key)
-        if result is None:
+
+        def decode() -> DecodingResult:
             request = Request(turn, window, task=task, search=lambda: search_of(task, seed), speech_until=speech_until)
-            result = result_of(task, self.batcher.call(request))
-            turn.had_window(len(result.tokens))
-            kept.remember(key, result)
-        else:
-            self.counters.reused += 1
+            found = result_of(task, self.batcher.call(request))
+            turn.had_window(len(found.tokens))
+            return found
+
+        result, known = kept.decoded(key, decode)
+        self.counters.reused += known
         return result
 
     def detect_language(self, turn: Turn, window: Window) -> tuple[torch.Tensor, dict[str, float]]:

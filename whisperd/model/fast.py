@@ -81,7 +81,9 @@ def transcribe_windows(
     upstream's keyword arguments. `on_window` hears of each window in the recording's order, its segments numbered on.
     Raises what a window raised first; the others are given up.
     """
-    language = options["language"] or _language(mel, windows, proxy("language", 0.0))
+    # Held to the end, and with it what it heard: that is the first window, which is then not encoded again.
+    listening = proxy("language", 0.0)
+    language = options["language"] or _language(mel, windows, listening)
     shared = dict(options) | {
         "language": language,
         "condition_on_previous_text": False,
@@ -124,7 +126,9 @@ def _language(mel: FileMel, windows: Sequence[Stretch], model: ProxyModel) -> st
     """Return the language of the first window: the beginning of a file may be music, or nothing."""
     if not model.is_multilingual:
         return "en"
-    first = 0 if not windows else round(windows[0].start_s * FRAMES_PER_SECOND)
-    stop = first + N_FRAMES if not windows else round(windows[0].end_s * FRAMES_PER_SECOND)
-    _, probabilities = model.detect_language(MelWindow(mel, first, min(stop, mel.shape[1]), N_FRAMES))
+    heard = MelWindow(mel, 0, N_FRAMES)
+    if windows:  # the very frames that `transcribe` will ask for first
+        first, stop = (round(time_s * FRAMES_PER_SECOND) for time_s in (windows[0].start_s, windows[0].end_s))
+        heard = MelWindow(mel, first, min(stop, first + N_FRAMES, mel.content_frames), N_FRAMES)
+    _, probabilities = model.detect_language(heard)
     return max(probabilities, key=probabilities.__getitem__)

@@ -16,7 +16,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import ModelDimensions
 from whisper.timing import WordTiming
 
-from whisperd.model.batch.windows import KeptWindows
+from whisperd.model.batch.windows import KeptWindows, Window
 from whisperd.model.engine import Engine
 from whisperd.model.journal import Strand
 from whisperd.model.mel import MelWindow
@@ -39,13 +39,21 @@ class Listener(Protocol):
 class ProxyModel:
     """Stands in for `Whisper` in one run. Its device is always the CPU: job threads never touch the GPU.
 
-    `speech_until_s` is where in the recording somebody is known to speak still, if that shall keep a text from ending.
+    `kept` are the windows of the whole run, of which this one holds the one that it is at. `speech_until_s` is where in
+    the recording somebody is known to speak still, if that shall keep a text from ending.
     """
 
     device = torch.device("cpu")
 
     def __init__(
-        self, engine: Engine, turn: Turn, listener: Listener, strand: Strand, *, speech_until_s: float = 0.0
+        self,
+        engine: Engine,
+        turn: Turn,
+        listener: Listener,
+        strand: Strand,
+        kept: KeptWindows,
+        *,
+        speech_until_s: float = 0.0,
     ) -> None:
         model = engine.model.whisper
         self.dims: ModelDimensions = model.dims
@@ -56,7 +64,8 @@ class ProxyModel:
         self._turn = turn
         self._strand = strand
         self._speech_until_s = speech_until_s
-        self._kept = KeptWindows()
+        self._kept = kept
+        self._window: Window | None = None
 
     def decode(self, mel: MelWindow, options: DecodingOptions) -> DecodingResult:
         """Decode one window. At further temperatures the same window is not encoded again."""
@@ -64,7 +73,7 @@ class ProxyModel:
         question = f"window {mel.start} {mel.stop} {options}"
 
         def answer() -> dict[str, Any]:
-            window, seed = self._kept.window(mel.tensor()), self._strand.seed(question)
+            window, seed = self._window_of(mel), self._strand.seed(question)
             result = self._engine.decode(
                 self._turn, self._kept, window, options, seed=seed, speech_until=self._speech_until(mel)
             )
@@ -72,6 +81,11 @@ class ProxyModel:
 
         self._turn.check()
         return DecodingResult(audio_features=_NO_FEATURES, **self._strand.ask(question, answer))
+
+    def _window_of(self, mel: MelWindow) -> Window:
+        # Held until the next one: further temperatures and word times ask for it again, and it is encoded by then.
+        self._window = self._kept.window(mel.tensor())
+        return self._window
 
     def _with_what_is_read(self, options: DecodingOptions) -> DecodingOptions:
         """Return the options with no more of the prompt than `DecodingTask` reads: its last tokens.
@@ -90,7 +104,7 @@ class ProxyModel:
         """Return the language's token and the probability of each language's code."""
 
         def answer() -> tuple[int, dict[str, float]]:
-            token, probabilities = self._engine.detect_language(self._turn, self._kept.window(mel.tensor()))
+            token, probabilities = self._engine.detect_language(self._turn, self._window_of(mel))
             return int(token), probabilities
 
         token, probabilities = self._strand.ask(f"language {mel.start} {mel.stop}", answer)
@@ -102,8 +116,7 @@ class ProxyModel:
         """Return the word timings of a window (what `whisper.timing.find_alignment` gives for the real model)."""
 
         def answer() -> list[tuple[str, list[int], float, float, float]]:
-            window = self._kept.window(mel.tensor())
-            words = self._engine.align(self._turn, window, tokenizer, text_tokens, num_frames, **options)
+            words = self._engine.align(self._turn, self._window_of(mel), tokenizer, text_tokens, num_frames, **options)
             return [
                 (word.word, word.tokens, float(word.start), float(word.end), float(word.probability)) for word in words
             ]

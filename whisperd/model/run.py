@@ -15,6 +15,7 @@ from whisper import transcribe
 from whisper.audio import FRAMES_PER_SECOND
 
 from whisperd.model import fast
+from whisperd.model.batch.windows import KeptWindows
 from whisperd.model.coverage import coverage_of, joined
 from whisperd.model.engine import Engine
 from whisperd.model.journal import Journal, read_journal
@@ -83,6 +84,7 @@ class Run:
         """
         began = time.monotonic()
         loaded = self._engine.model
+        kept = KeptWindows()
         check_abilities(self.order.options, loaded.traits(), loaded.name)
         mel = FileMel(
             self._folder / "audio.pcm",
@@ -107,9 +109,9 @@ class Run:
                 on_step=self._on_step,
             )
             if self._mode == "fast":
-                result = self._transcribe_fast(mel, track, journal, options, asked_for)
+                result = self._transcribe_fast(mel, track, journal, kept, options, asked_for)
             else:
-                model = ProxyModel(self._engine, self.turn, self, journal.strand("all"))
+                model = ProxyModel(self._engine, self.turn, self, journal.strand("all"), kept)
                 result = transcribe(model, mel, **options)
             speech = speech_in(track.probabilities(), mel.samples, check=self.turn.check)
             segments = self._segments_of(result["segments"])
@@ -148,6 +150,7 @@ class Run:
         mel: FileMel,
         track: SpeechTrack,
         journal: Journal,
+        kept: KeptWindows,
         options: Mapping[str, Any],
         asked_for: list[Stretch],
     ) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class Run:
             mel,
             fast.windows_of(speech, asked_for),
             proxy=lambda name, speech_until_s: ProxyModel(
-                self._engine, self.turn, fast.Unheard(), journal.strand(name), speech_until_s=speech_until_s
+                self._engine, self.turn, fast.Unheard(), journal.strand(name), kept, speech_until_s=speech_until_s
             ),
             options=options,
             at_once=self._fast_windows,

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from whisper.decoding import DecodingResult
 
-# Further temperatures, word times and language detection ask for the window they had a moment ago.
-_KEPT_FEATURES = 2
-# Digital silence in the middle of a recording is one window again and again.
-_KEPT_RESULTS = 16
+# Those of the last eight hours, if no window was tried again: 5 MB, and never more than 13.
+MOST_RESULTS = 1000
 
 
 class Window:
     """30 s of audio: the mel `(n_mels, 3000)` until it is encoded, the features afterwards."""
 
-    __slots__ = ("digest", "features", "mel")
+    __slots__ = ("__weakref__", "digest", "features", "mel")
 
     def __init__(self, mel: Tensor, digest: bytes) -> None:
         self.mel: Tensor | None = mel
@@ -27,33 +27,46 @@ class Window:
         self.features: Tensor | None = None
 
 
+class _Answer:
+    __slots__ = ("decoding", "result")
+
+    def __init__(self) -> None:
+        self.decoding = threading.Lock()
+        self.result: DecodingResult | None = None
+
+
 class KeptWindows:
-    """The windows of one run, found again by what they sound like. Never shared between runs.
+    """The windows of one run, found again by what they sound like, from all of its threads. Never shared between runs.
 
     A quick answer to one user must not tell that another's audio held the same.
     """
 
     def __init__(self) -> None:
-        self._windows: OrderedDict[bytes, Window] = OrderedDict()
-        self._results: OrderedDict[Hashable, DecodingResult] = OrderedDict()
+        self._lock = threading.Lock()
+        self._windows: WeakValueDictionary[bytes, Window] = WeakValueDictionary()
+        self._answers: OrderedDict[Hashable, _Answer] = OrderedDict()
 
     def window(self, mel: Tensor) -> Window:
-        """Return the window with exactly this mel, known already or new."""
+        """Return the window with exactly this mel: the known one while anybody holds it, else a new one."""
         digest = hashlib.blake2b(mel.to(torch.float32).contiguous().numpy().data, digest_size=16).digest()
-        window = self._windows.get(digest)
-        if window is None:
-            self._windows[digest] = window = Window(mel, digest)
-            if len(self._windows) > _KEPT_FEATURES:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(digest)
-        return window
+        with self._lock:
+            window = self._windows.get(digest)
+            if window is None:
+                self._windows[digest] = window = Window(mel, digest)
+            return window
 
-    def result(self, key: Hashable) -> DecodingResult | None:
-        """Return what was remembered under `key`."""
-        return self._results.get(key)
+    def decoded(self, key: Hashable, decode: Callable[[], DecodingResult]) -> tuple[DecodingResult, bool]:
+        """Return what was found under `key` before, or what `decode` returns; and whether it was known.
 
-    def remember(self, key: Hashable, result: DecodingResult) -> None:
-        """Keep a result; the oldest ones are forgotten."""
-        self._results[key] = result
-        while len(self._results) > _KEPT_RESULTS:
-            self._results.popitem(last=False)
+        Who asks while another thread decodes the same waits for that. Raises what `decode` raises, which then counts
+        for nothing. The last `MOST_RESULTS` are known.
+        """
+        with self._lock:
+            answer = self._answers.setdefault(key, _Answer())
+            self._answers.move_to_end(key)
+            if len(self._answers) > MOST_RESULTS:
+                self._answers.popitem(last=False)
+        with answer.decoding:
+            known = answer.result is not None
+            result = answer.result = answer.result or decode()
+        return result, known
