@@ -479,6 +479,7 @@ def test_a_download_that_turns_out_to_be_known_is_handed_over(book: Book) -> Non
     assert change.folders == ["first"]
     assert book.job(job.id).run_id == book.job(gone.id).run_id == file.run_id
     assert book.story(job.id) == ["pending", "fetching", "queued", "running", "one"]
+    assert change.events == book.events(job.id, after_seq=2), "who follows it is told"
     assert book.story(gone.id) == ["pending", "fetching", "cancelled"]
     assert to_fetch(book).run_id == file.run_id, "the next one need not download"
     fresh = fetching(book, fresh=True)
@@ -530,6 +531,27 @@ def test_the_jobs_of_a_run_are_read_once_however_many_segments_come(book: Book) 
     assert sum(text.startswith("SELECT * FROM jobs") for text in statements) == 1
     assert change.jobs == [book.job(first.id), book.job(second.id)]
     assert book.story(second.id) == ["queued", "running", "one", "two", "three"]
+
+
+@pytest.mark.parametrize("state", [JobState.RUNNING, JobState.DONE])
+def test_a_job_joins_its_run_in_as_few_statements_however_many_segments_there_are(book: Book, state: JobState) -> None:
+    counts = []
+    for name, segments in ((b"short", 1), (b"long", 50)):
+        first = book.running(share=name)
+        said = [f"segment {number}" for number in range(segments)]
+        book.say(first.run_id, *said)
+        if state is JobState.DONE:
+            book.finish(first.run_id)
+        statements: list[str] = []
+        book.run(lambda db, seen=statements: db.set_trace_callback(seen.append))
+        second = job_of(book.accept(share=name))
+        book.run(lambda db: db.set_trace_callback(None))
+        counts.append(len(statements))
+        assert book.story(second.id) == (
+            ["queued", "running", *said] if state.ended is False else ["queued", *said, "done"]
+        )
+        assert [event.seq for event in book.events(second.id)] == list(range(1, second.last_seq + 1))
+    assert counts[0] == counts[1]
 
 
 def test_a_title_is_told_to_who_asked_for_the_download_and_not_to_who_shares_its_audio(book: Book) -> None:

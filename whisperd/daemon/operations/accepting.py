@@ -76,4 +76,4 @@ def accept(call: Call, params: Submit, *, early: bytes, folder: str, copied: Cop
         call.fail(error)
 
     store = house.ledger.store
-    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, by=call.peer, new_work=True)

@@ -50,7 +50,11 @@ def retry(call: Call, params: Retry) -> None:
             call.fail(error)
 
         house.ledger.commit(
-            lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key), done, refused, new_work=True
+            lambda db, now: store.retry(db, job_id, now, uid=view, model_key=key),
+            done,
+            refused,
+            by=call.peer,
+            new_work=True,
         )
 
     house.ledger.read(look, admit, call.fail, by=call.peer)

@@ -94,4 +94,4 @@ def _accept(call: Call, new: NewJob, place: Place | None) -> None:
         call.fail(error)
 
     store = house.ledger.store
-    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, new_work=True)
+    house.ledger.commit(lambda db, now: store.accept(db, new, now), accepted, refused, by=call.peer, new_work=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from whisperd.daemon.store.moving import Moving
 from whisperd.daemon.store.reading import all_rows, one_row
-from whisperd.daemon.store.rows import Change, JobRow, NewJob, RunRow, pack, unpack
+from whisperd.daemon.store.rows import Change, Event, JobRow, NewJob, RunRow, pack, unpack
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.jobs import JobState
 
@@ -208,22 +208,43 @@ class Accepting(Moving):
         assert cursor.lastrowid is not None
         return self.job(db, cursor.lastrowid, uid=None)
 
-    def _catch_up(self, db: sqlite3.Connection, change: Change, job: JobRow, run: RunRow, now: float) -> JobRow:
-        """Bring a new job to where its run is: running or done, with the segments so far."""
+    def _catch_up(
+        self, db: sqlite3.Connection, change: Change, job: JobRow, run: RunRow, now: float, *, followed: bool = False
+    ) -> JobRow:
+        """Bring a job that is new to its run to where that is: running or done, with the segments so far.
+
+        These are told only where it may be `followed`, by who knows it already.
+        """
         if job.state is JobState.PENDING and run.state is not JobState.DONE:
             step = JobState.FETCHING if run.state is JobState.FETCHING else JobState.QUEUED
             if run.state is not JobState.PENDING:
                 job = self._move_job(db, change, job, step, now)
         if run.state is JobState.RUNNING:
             job = self._move_job(db, change, job, JobState.RUNNING, now)
-        said = "SELECT * FROM segments WHERE run_id = ? AND start = ? ORDER BY number"
-        for row in all_rows(db, said, run.id, run.edition):
-            self._add_segment_event(db, change, job, run, row["number"], unpack(row["payload"]))
+        self._add_segments_so_far(db, change, job, run, told=followed)
         if run.state is JobState.DONE:
             job = self._move_job(db, change, job, JobState.DONE, now)
         job = self.job(db, job.id, uid=None)
         change.jobs.append(job)
         return job
+
+    def _add_segments_so_far(
+        self, db: sqlite3.Connection, change: Change, job: JobRow, run: RunRow, *, told: bool
+    ) -> None:
+        """Add an event for each segment. In one statement: a long recording has thousands, and all wait meanwhile."""
+        job = self.job(db, job.id, uid=None)
+        added = db.execute(
+            """INSERT INTO events (job_id, seq, kind, start, number)
+               SELECT ?, ? + row_number() OVER (ORDER BY number), 'segment', start, number
+               FROM segments WHERE run_id = ? AND start = ?""",
+            (job.id, job.last_seq, run.id, run.edition),
+        )
+        db.execute("UPDATE jobs SET last_seq = last_seq + ? WHERE id = ?", (added.rowcount, job.id))
+        if told:
+            said = "SELECT payload FROM segments WHERE run_id = ? AND start = ? ORDER BY number"
+            for seq, row in enumerate(all_rows(db, said, run.id, run.edition), job.last_seq + 1):
+                payload = {"segment": unpack(row["payload"])}
+                change.events.append(Event(job_id=job.id, uid=job.uid, seq=seq, kind="segment", payload=payload))
 
 
 def _first_state(new: NewJob) -> JobState:

@@ -75,7 +75,7 @@ class Fetching(Accepting):
         for job in self._live_jobs(db, run.id):
             job = self._move_job(db, change, job, JobState.QUEUED, now)
             db.execute("UPDATE jobs SET run_id = ? WHERE id = ?", (known.id, job.id))
-            self._catch_up(db, change, self.job(db, job.id, uid=None), known, now)
+            self._catch_up(db, change, self.job(db, job.id, uid=None), known, now, followed=True)
         # Jobs that were cancelled meanwhile keep their row, and with it a run.
         db.execute("UPDATE jobs SET run_id = ? WHERE run_id = ?", (known.id, run.id))
         db.execute(
