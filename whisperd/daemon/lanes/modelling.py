@@ -18,7 +18,7 @@ from whisperd.daemon.lanes.weights import WeightsLane
 from whisperd.daemon.loop import Loop, Timer
 from whisperd.daemon.scheduler import pick
 from whisperd.daemon.state.board import LiveRun
-from whisperd.daemon.state.ledger import Ledger
+from whisperd.daemon.state.ledger import Ledger, StoreCall
 from whisperd.daemon.store.rows import Change
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.helper_messages import (
@@ -53,12 +53,26 @@ class _Open:
     closing: bool = False  # its last word has come, or its helper has gone: that is being committed
     overdue: Timer | None = field(default=None)
 
+    def conclude(self, end: StoreCall[Change]) -> None:
+        """Commit its end by `end`. The helper owes no answer any more: from here on it is the disk that takes time."""
+        self.closing = True
+        if self.overdue is not None:
+            self.overdue.cancel()
+        self.recorder.end(end)
+
 
 class ModelLane:
-    """The open runs of one model helper. `process` is that helper, from load to unload."""
+    """The open runs of one model helper. `process` is that helper, from load to unload; `make_helper` is for tests."""
 
     def __init__(
-        self, loop: Loop, config: Config, ledger: Ledger, env: Mapping[str, str], weights: WeightsLane
+        self,
+        loop: Loop,
+        config: Config,
+        ledger: Ledger,
+        env: Mapping[str, str],
+        weights: WeightsLane,
+        *,
+        make_helper: Callable[..., Helper] = Helper,
     ) -> None:
         self._loop, self._config, self._ledger = loop, config, ledger
         self.process = ModelProcess(
@@ -72,6 +86,7 @@ class ModelLane:
             on_gone=self._on_gone,
             on_sample=self._on_sample,
             is_busy=lambda: bool(self._open),
+            make_helper=make_helper,
         )
         self._open: dict[int, _Open] = {}
         self._trials = Trials(config.suspect_windows)
@@ -260,8 +275,7 @@ class ModelLane:
     def _give_back(self, run_id: int, *, suspect: bool = False) -> None:
         """Return a run to the queue, with all that the helper said of it; it counts as open until that is committed."""
         open_, store = self._open[run_id], self._ledger.store
-        open_.closing = True
-        open_.recorder.end(lambda db, now: store.put_back(db, run_id, now, suspect=suspect))
+        open_.conclude(lambda db, now: store.put_back(db, run_id, now, suspect=suspect))
 
     def _tell_priority(self, run_id: int) -> None:
         open_ = self._open.get(run_id)
@@ -318,14 +332,12 @@ class ModelLane:
             case Segments():
                 open_.recorder.add(message.segments)
             case JournalVoid():
-                open_.closing = True
-                open_.recorder.end(lambda db, now: store.void_journal(db, run_id))
+                open_.conclude(lambda db, now: store.void_journal(db, run_id))
             case Finished():
                 transcript = message.transcript
                 live = self._ledger.board.runs.get(run_id)
                 self._ledger.metrics.transcribed_s += (live.row.audio_s or 0.0) if live else 0.0
-                open_.closing = True
-                open_.recorder.end(lambda db, now: store.finish(db, run_id, transcript, now))
+                open_.conclude(lambda db, now: store.finish(db, run_id, transcript, now))
             case Failed(code=ErrorCode.CANCELLED):
                 if open_.yields and run_id in self._ledger.board.runs:
                     self._give_back(run_id)
@@ -335,8 +347,7 @@ class ModelLane:
             case Failed():
                 self.failed += 1
                 error = WhisperdError(message.code, message.message)
-                open_.closing = True
-                open_.recorder.end(lambda db, now: store.fail(db, run_id, error, now))
+                open_.conclude(lambda db, now: store.fail(db, run_id, error, now))
 
     def _recorded(self, run_id: int) -> None:
         """The end of a run, or its return to the queue, is committed."""
