@@ -10,6 +10,8 @@ from whisperd.daemon.config import Config
 from whisperd.daemon.store.rows import pack
 from whisperd.protocol.options import DEFAULTS, MODES, OWN_DEFAULTS
 
+_DIGEST_BYTES = 32
+
 
 def digest(value: Any) -> bytes:
     """Return the SHA-256 of a value as the database would keep it."""
@@ -27,6 +29,23 @@ def fingerprints(source: Sequence[Any], options: Mapping[str, Any]) -> tuple[byt
     # Before, all options counted, the mode as the daemon's setting had it at that time.
     modes = MODES if options["mode"] is None else (options["mode"],)
     return digest([*source, asked]), *(digest([*source, {**options, "mode": mode}]) for mode in modes)
+
+
+def early_fingerprints(size_bytes: int, options: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """Return what is known of a file before its bytes are there: the first half of its fingerprint.
+
+    The same for a descriptor and an upload: a client may submit by one, and after a broken connection by the other.
+    Behind it stand those that earlier versions may have kept.
+    """
+    return fingerprints(["fd", size_bytes], options)
+
+
+def fingerprint_of(early: bytes, sha256: str) -> bytes:
+    """Return the fingerprint of a file: what a later submit of the same key must have again.
+
+    `early` is its first half, or any fingerprint that begins with it.
+    """
+    return early[:_DIGEST_BYTES] + digest([sha256])
 
 
 def share_key(config: Config, uid: int, sha256: str, options: Mapping[str, Any], model: Sequence[Any]) -> bytes:

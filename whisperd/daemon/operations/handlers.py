@@ -15,8 +15,8 @@ from whisperd.daemon.operations.call import Call
 from whisperd.daemon.operations.health import health, status
 from whisperd.daemon.operations.retrying import retry
 from whisperd.daemon.operations.statistics import statistics
-from whisperd.daemon.operations.submitting import submit_file
 from whisperd.daemon.operations.submitting_fetch import submit_fetch
+from whisperd.daemon.operations.submitting_file import submit_file
 from whisperd.daemon.operations.submitting_upload import submit_upload
 from whisperd.daemon.operations.turns import ask_in_turn
 from whisperd.daemon.store import Answer, not_found

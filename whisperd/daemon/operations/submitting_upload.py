@@ -1,15 +1,12 @@
-"""Submits of kind `upload`: the key first, admission, then the bytes as they come, one commit and the answer."""
+"""Submits of kind `upload`: a receiver gets the bytes as they come."""
 
 from __future__ import annotations
 
-import sqlite3
-from typing import Any
-
-from whisperd.daemon.admission import Place
+from whisperd.daemon.keys import early_fingerprints
 from whisperd.daemon.lanes.copying import Copy
-from whisperd.daemon.operations.accepting import accept, early_fingerprints, outlives_client, refuse_when_useless
 from whisperd.daemon.operations.call import Call
-from whisperd.daemon.store import Answer, key_conflict
+from whisperd.daemon.operations.submitting import Submission
+from whisperd.daemon.store import Known
 from whisperd.daemon.uploads import Upload
 from whisperd.protocol.errors import ErrorCode, WhisperdError
 from whisperd.protocol.fields import bad_request
@@ -35,16 +32,13 @@ def _too_large(most: int) -> WhisperdError:
     return WhisperdError(ErrorCode.TOO_LARGE, message)
 
 
-class _UploadSubmission:
-    """One upload between its checks and its answer."""
+class _UploadSubmission(Submission):
+    """A submit with its `Upload`, which ends with it at the latest."""
 
-    def __init__(self, call: Call, params: Submit, size_bytes: int | None) -> None:
-        self._call, self._params, self._size_bytes = call.followed_by(self._over), params, size_bytes
-        self._house, self._peer = call.house, call.peer
-        self._stored_bytes = 0
-        self._place: Place | None = None  # from its admission on, as is its copy
-        self._copy: Copy | None = None
-        self._ended = False
+    def __init__(self, call: Call, params: Submit, announced_bytes: int | None) -> None:
+        super().__init__(call, params)
+        self._announced_bytes = announced_bytes
+        self._copy: Copy | None = None  # from its admission on
         self._upload = Upload(
             self._house.loop,
             call.peer,
@@ -54,132 +48,83 @@ class _UploadSubmission:
             crowded=lambda: self._house.receiving.crowded,
             check=self._check,
             send=self._send,
-            failed=self._given_up,
+            failed=self._failed,
         )
 
     def begin(self) -> None:
-        """Take it up as its connection's upload, or raise `bad_request`; then go on."""
+        """Make it its connection's upload, or raise `bad_request`. Chunks are held back until it has a receiver."""
         self._house.uploads.add(self._peer, self._upload)
-        self._house.admission.take_up(self._peer.uid)
-        self._look_up()
+        super().begin()
 
-    def _look_up(self) -> None:
-        """Look the key up. Chunks that come meanwhile are held back."""
-        key, uid, store = self._params.key, self._peer.uid, self._house.ledger.store
+    @property
+    def _size_bytes(self) -> int:
+        return self._announced_bytes or self._upload.received_bytes
 
-        def look(db: sqlite3.Connection, now: float) -> tuple[Any, Answer | None, int]:
-            row, stored_bytes = store.look_up(db, uid, key, now)
-            job_id = None if row is None else row["job_id"]
-            known = None if job_id is None else store.answer(db, job_id, uid=None, with_transcript=False)
-            return row, known, stored_bytes
+    def _is_same(self, known: Known) -> bool:
+        size_bytes = known.run.size_bytes if self._announced_bytes is None else self._announced_bytes
+        return known.fingerprint.startswith(early_fingerprints(size_bytes, self._params.options))
 
-        def then(found: tuple[Any, Answer | None, int]) -> None:
-            row, known, self._stored_bytes = found
-            if self._upload.error is not None:
-                return  # silent, or gone, in the meantime: it has been answered
-            if known is not None:
-                self._answer_known(row["fingerprint"], known)
-            else:
-                self._admit()
+    def _known(self, known: Known) -> None:
+        self._end_upload(bad_request(f"chunk: no bytes are wanted: the submit's key is that of job {known.job.id}"))
+        super()._known(known)
 
-        self._house.ledger.read(look, then, self._end, by=self._peer)
-
-    def _answer_known(self, fingerprint: bytes, known: Answer) -> None:
-        key, size_bytes = self._params.key, self._size_bytes
-        assert key is not None
-        early = early_fingerprints(known.run.size_bytes if size_bytes is None else size_bytes, self._params.options)
-        if not fingerprint.startswith(early):
-            self._end(key_conflict(key))
-            return
-        if self._params.attached:
-            self._house.hold(known.job.id, self._peer)
-        unwanted = bad_request(f"chunk: no bytes are wanted: the submit's key is that of job {known.job.id}")
-        self._house.uploads.remove(self._peer, self._upload, unwanted)
-        self._call.reply({"job": self._call.show(known.job, known.run), "reused": True})
-
-    def _admit(self) -> None:
-        house, size_bytes = self._house, self._size_bytes or self._upload.received_bytes
-        uid, priority, key = self._peer.uid, self._params.priority, self._params.key
-        try:
-            house.refuse_when_stopping()
-            refuse_when_useless(self._peer, self._params)
-        except WhisperdError as error:
-            self._end(error)
-            return
-        try:
-            place = house.admission.enter(uid, priority, size_bytes=size_bytes, stored_bytes=self._stored_bytes)
-        except WhisperdError as error:
-            if not house.under_way.maybe_wait(uid, key, self._look_up):
-                self._end(error)
-            return
-        self._place = place
-        house.under_way.began(uid, key)
-        self._copy = Copy(
-            uid=uid,
-            priority=priority,
+    def _entered(self) -> None:
+        copy = self._copy = Copy(
+            uid=self._peer.uid,
+            priority=self._params.priority,
             descriptor=None,
-            folder=house.ledger.spool.new_folder(),
+            folder=self._house.ledger.spool.new_folder(),
             client=self._peer.id,
             started=self._upload.start,
             progressed=lambda progress: self._upload.written(int(progress.done)),
-            copied=self._copied,
-            refused=self._end,
+            copied=lambda copied: self._copied(copy.folder, copied),
+            refused=self._give_up,
         )
-        self._maybe_outlive_client()
-        house.receiving.add(self._copy)
+        self._maybe_outlive_client(copy)
+        self._house.receiving.add(copy)
 
     # --- the bytes ---
 
     def _check(self, chunk: Chunk, received_bytes: int) -> None:
         """Raise what ends the upload as a whole."""
-        house, size_bytes = self._house, self._size_bytes
+        size_bytes, most = self._announced_bytes, self._house.config.max_source_bytes
         if size_bytes is not None and (received_bytes > size_bytes or (chunk.last and received_bytes < size_bytes)):
             raise bad_request(
                 f"chunk: {received_bytes} bytes came where size_bytes promised {size_bytes}: submit again with the "
                 "true size, or with null"
             )
-        if received_bytes > house.config.max_source_bytes:
-            raise _too_large(house.config.max_source_bytes)
-        if size_bytes is None and self._place is not None:
-            house.admission.grow(self._place, received_bytes)
+        if received_bytes > most:
+            raise _too_large(most)
+        if self._place is not None:
+            self._grow(received_bytes)
 
     def _send(self, data: bytes, last: bool) -> None:
-        assert self._copy is not None
-        self._maybe_outlive_client()
+        assert self._copy is not None, "it was started"
+        self._maybe_outlive_client(self._copy)
         self._house.receiving.feed(self._copy, data, last=last)
 
-    def _maybe_outlive_client(self) -> None:
+    def _maybe_outlive_client(self, copy: Copy) -> None:
         """Once all of it has come, it is like a copy: its client may go and ask again by key."""
-        if self._copy is not None and self._upload.complete and outlives_client(self._params):
-            self._copy.client = None
+        if self._upload.complete and self._outlives_client:
+            copy.client = None
 
     # --- the end ---
 
-    def _over(self) -> None:
-        admission, uid, key = self._house.admission, self._peer.uid, self._params.key
-        if self._place is not None:
-            admission.leave(self._place)
-            self._house.under_way.ended(uid, key)  # who waits finds the place free
-        else:  # its client may have gone, and hundreds of others like it
-            self._house.under_way.stop_waiting(uid, key, self._look_up)
-        admission.answered(uid)
-
-    def _given_up(self, error: WhisperdError) -> None:
+    def _failed(self, error: WhisperdError) -> None:
+        """Its client is silent, gone or wrong."""
         if self._copy is None:
-            self._end(error)
+            self._give_up(error)
         else:
             self._house.receiving.give_up(self._copy, error)
 
-    def _end(self, error: WhisperdError) -> None:
-        """Refuse it, once: by the lane, or where it never came to the lane."""
-        if not self._ended:
-            self._ended = True
-            self._upload.give_up(error)
-            self._house.uploads.remove(self._peer, self._upload)
-            self._call.fail(error)
+    def _copied(self, folder: str, copied: Copied) -> None:
+        self._end_upload()
+        super()._copied(folder, copied)
 
-    def _copied(self, copied: Copied) -> None:
-        assert self._copy is not None
-        self._house.uploads.remove(self._peer, self._upload)
-        early = early_fingerprints(copied.size_bytes, self._params.options)[0]
-        accept(self._call, self._params, early=early, folder=self._copy.folder, copied=copied)
+    def _give_up(self, error: WhisperdError) -> None:
+        self._end_upload(error)
+        super()._give_up(error)
+
+    def _end_upload(self, error: WhisperdError | None = None) -> None:
+        """No bytes are wanted any more, its connection may have another upload; `error` answers chunks that wait."""
+        self._house.uploads.remove(self._peer, self._upload, error)

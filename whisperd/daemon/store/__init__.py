@@ -9,10 +9,10 @@ from whisperd.daemon.store.accepting import check_retry, key_conflict
 from whisperd.daemon.store.fetching import Fetching
 from whisperd.daemon.store.forgetting import DAY_S, Forgetting
 from whisperd.daemon.store.moving import Retention
-from whisperd.daemon.store.reading import Answer, not_found
+from whisperd.daemon.store.reading import Answer, Known, LookedUp, not_found
 from whisperd.daemon.store.running import Running
 
-__all__ = ["DAY_S", "Answer", "Retention", "Store", "check_retry", "key_conflict", "not_found"]
+__all__ = ["DAY_S", "Answer", "Known", "LookedUp", "Retention", "Store", "check_retry", "key_conflict", "not_found"]
 
 
 class Store(Fetching, Running, Forgetting):

@@ -71,10 +71,9 @@ class Accepting(Moving):
         known = self.known_key(db, uid, key, now)
         if known is None:
             return None
-        if known["fingerprint"] != fingerprint:
+        if known.fingerprint != fingerprint:
             raise key_conflict(key)
-        job = self.job(db, known["job_id"], uid=None)
-        return Change(job=job, run=self._run(db, job.run_id), reused=True)
+        return Change(job=known.job, run=known.run, reused=True)
 
     def retry(self, db: sqlite3.Connection, job_id: int, now: float, *, uid: int | None, model_key: ModelKey) -> Change:
         """Make a new job for the source of a failed or cancelled one; `Change.job` is the new one.

@@ -29,6 +29,23 @@ class Answer:
     transcript: bytes | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """A key in force: its job, with its run, and the fingerprint of what it was submitted with."""
+
+    fingerprint: bytes
+    job: JobRow
+    run: RunRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedUp:
+    """What a submit must know before anything else: its key, if that has a job, and its user's `spool_bytes`."""
+
+    known: Known | None
+    stored_bytes: int
+
+
 def not_found(job_id: int) -> WhisperdError:
     """Return the error for a job that is not there or somebody else's: the two must look alike."""
     return WhisperdError(ErrorCode.NOT_FOUND, f"no job {job_id} of yours; `whisperctl list` shows the jobs you have")
@@ -78,8 +95,8 @@ class Reading:
         )
         return [_event(row) for row in rows]
 
-    def known_key(self, db: sqlite3.Connection, uid: int, key: str, now: float) -> sqlite3.Row | None:
-        """Return the row of a key that is in force: not expired, and not free again because its job failed.
+    def known_key(self, db: sqlite3.Connection, uid: int, key: str, now: float) -> Known | None:
+        """Return what a key that is in force stands for: not expired, and not free again because its job failed.
 
         Raises `not_found` when the key's job is gone already.
         """
@@ -91,16 +108,20 @@ class Reading:
                 ErrorCode.NOT_FOUND,
                 f"the job {row['job_id']} of this key is past its retention: submit under a new key",
             )
-        state = one_row(db, "SELECT state FROM jobs WHERE id = ?", row["job_id"])
-        return None if state is None or state["state"] == JobState.FAILED else row
+        found = one_row(db, "SELECT * FROM jobs WHERE id = ?", row["job_id"])
+        if found is None or found["state"] == JobState.FAILED:
+            return None
+        job = job_row(found)
+        return Known(fingerprint=row["fingerprint"], job=job, run=self._run(db, job.run_id))
 
     def totals(self, db: sqlite3.Connection) -> dict[str, int]:
         """Return how many jobs there are in each state."""
         return {row["state"]: row["n"] for row in all_rows(db, "SELECT state, count(*) AS n FROM jobs GROUP BY state")}
 
-    def look_up(self, db: sqlite3.Connection, uid: int, key: str | None, now: float) -> tuple[sqlite3.Row | None, int]:
-        """Return what a submit must know of its user: the row of its key in force, and `spool_bytes`."""
-        return (None if key is None else self.known_key(db, uid, key, now)), self.spool_bytes(db, uid)
+    def look_up(self, db: sqlite3.Connection, uid: int, key: str | None, now: float) -> LookedUp:
+        """Return what a submit must know of its user and its key. Raises what `known_key` raises."""
+        known = None if key is None else self.known_key(db, uid, key, now)
+        return LookedUp(known=known, stored_bytes=self.spool_bytes(db, uid))
 
     def spool_bytes(self, db: sqlite3.Connection, uid: int) -> int:
         """Return what a user's audio takes in the spool: sources, and what is decoded of them (s16le, 16 kHz)."""
