@@ -98,7 +98,7 @@ def test_submits_of_one_key_hold_a_bounded_number_of_descriptors(
 def test_a_copy_has_its_time_whatever_its_reading_does(
     start_daemon: Callable[..., Daemon], recording: Callable[..., Path]
 ) -> None:
-    daemon = start_daemon(model=NO_MODEL, copiers=1, copy_limit_s=1, copy_timeout_s=600, cancel_grace_s=0.1)
+    daemon = start_daemon(model=NO_MODEL, copiers=1, copy_limit_s=5, copy_timeout_s=600, cancel_grace_s=0.1)
     with daemon.client() as client:
         held_copier(daemon)
         assert error_of(lambda: submit(client, recording())) == "timed_out"
