@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 import whisper.decoding
 from numpy.typing import NDArray
 from whisper.decoding import DecodingTask
+
+from whisperd.model.journal import Strand
 
 
 @contextmanager
@@ -39,3 +43,16 @@ def upstream_draws(seeds: Iterable[int]) -> Iterator[None]:
 
     with patch.object(DecodingTask, "run", seeded_run), patch.object(whisper.decoding, "Categorical", Given):
         yield
+
+
+@contextmanager
+def seeds_of_runs() -> Iterator[dict[str, list[int]]]:
+    """Yield what the windows of runs draw with, by the name of the run's thread, in its order."""
+    seeds, seed = defaultdict[str, list[int]](list), Strand.seed
+
+    def remembered(strand: Strand, question: str) -> int:
+        seeds[threading.current_thread().name].append(number := seed(strand, question))
+        return number
+
+    with patch.object(Strand, "seed", remembered):
+        yield seeds

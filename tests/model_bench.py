@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import whisper
 
+from bench.forced import Choices, replay
 from bench.runs import Runs
-from tests.support import speak
+from tests.drawing import seeds_of_runs, upstream_draws
+from tests.support import speak, wait_until
 from whisperd.model.loading import LoadedModel, load
 from whisperd.model.run import Run
 from whisperd.model.transcript import Transcript
 from whisperd.protocol.helper_messages import HelperMessage, Progress, Segments
 from whisperd.protocol.options import DEFAULTS, parse_options
+
+Job = tuple[str, dict[str, Any]]  # the folder of a recording, and options
 
 
 class Bench(Runs):
@@ -26,7 +31,7 @@ class Bench(Runs):
     def __init__(self, model: LoadedModel, spool: Path, *, release: bool = False, **engine: Any) -> None:
         self.on_step: Callable[[], None] = lambda: None
         super().__init__(model, spool, on_step=lambda: self.on_step(), release=release, fast_windows=3, **engine)
-        self._upstream: dict[str, dict[str, Any]] = {}
+        self._upstream: dict[str, tuple[dict[str, Any], Choices]] = {}
 
     def begin(
         self, folder: str = "speech", *, journal: int = 0, told: int = 0, **options: Any
@@ -37,10 +42,19 @@ class Bench(Runs):
 
     def upstream(self, folder: str = "speech", **options: Any) -> dict[str, Any]:
         """Return what `whisper.transcribe` gives for the real model and the same samples (computed once)."""
+        return self._heard(folder, options)[0]
+
+    def choices(self, folder: str = "speech", **options: Any) -> Choices:
+        """Return what it answered there window by window, and every token that it chose greedily."""
+        return self._heard(folder, options)[1]
+
+    def _heard(self, folder: str, options: dict[str, Any]) -> tuple[dict[str, Any], Choices]:
         parsed = parse_options(options)
         key = f"{folder} {parsed}"
         if key not in self._upstream:
-            self._upstream[key] = self._transcribe(folder, parsed)
+            choices = Choices()
+            with choices.listening(folder):
+                self._upstream[key] = self._transcribe(folder, parsed), choices
         return self._upstream[key]
 
     def _transcribe(self, folder: str, parsed: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +82,39 @@ def all_of(runs: Sequence[Run], *, arrive: Callable[[int], None] = lambda n: Non
     for thread in threads:
         thread.join(240)
     return [found[n] for n in range(len(runs))]
+
+
+def beside_each_other(bench: Bench, jobs: Sequence[Job], *, upstream: Bench) -> tuple[list[Transcript], float]:
+    """Transcribe jobs beside each other: each says what `upstream` has openai-whisper say of it alone.
+
+    One comes when those before it have stepped a few times. Every fourth is urgent, from the second on. What is drawn,
+    openai-whisper draws with the same numbers. Returns the transcripts, and how many windows a step had on average.
+    """
+    runs = [bench.begin(folder, **options) for folder, options in jobs]
+    for run, _ in runs[1::4]:
+        run.turn.interactive = True
+    counters = bench.engine.counters
+    steps, window_steps = counters.steps, counters.window_steps
+    beside = set[frozenset[bool]]()  # whether the windows that stepped together were urgent ones
+
+    def look() -> None:
+        beside.add(frozenset(request.turn.interactive for request in bench.engine.batcher._live.owners))
+
+    def arrive(n: int) -> None:
+        wait_until(lambda: counters.steps >= steps + 9 * n, timeout_s=120)  # a window takes more
+
+    bench.on_step = look
+    try:
+        with seeds_of_runs() as seeds:
+            transcripts = all_of([run for run, _ in runs], arrive=arrive)
+    finally:
+        bench.on_step = lambda: None
+    assert len(jobs) == 1 or {True, False} in beside, "urgent ones broke in"
+    for n, ((folder, options), (_, sent), transcript) in enumerate(zip(jobs, runs, transcripts, strict=True)):
+        with upstream_draws(seeds[f"run {n}"]):
+            theirs = upstream.upstream(folder, **options)
+        check_equal(transcript, sent, theirs, words=options.get("word_timestamps", False))
+    return transcripts, (counters.window_steps - window_steps) / (counters.steps - steps)
 
 
 def plain(upstream: dict[str, Any], *, words: bool) -> list[dict[str, Any]]:
@@ -135,6 +182,21 @@ def speak_into(spool: Path, text: str, **seconds: float) -> None:
     speech = speak(text, spool / "speech.wav").read_bytes()[44:]
     first = {name: speech[: 2 * round(16_000 * length_s)] for name, length_s in seconds.items()}
     write_folders(spool, speech=speech, **first)
+
+
+def hard_to_hear(speech: Path) -> bytes:
+    """Return the samples of a WAV file in so much noise that openai-whisper tries again, warmer."""
+    samples = np.frombuffer(speech.read_bytes()[44:], "<i2").astype(np.float64)
+    samples += 0.7 * samples.std() * np.random.default_rng(7).standard_normal(len(samples))
+    return (samples * 8000 / abs(samples).max()).astype("<i2").tobytes()
+
+
+def fed_the_same(bench: Bench, jobs: Iterable[Job]) -> list[float]:
+    """Return by how much our decoder, fed what openai-whisper chose greedily for jobs, sees each choice otherwise."""
+    choices = Choices()
+    for folder, options in jobs:
+        choices.windows += bench.choices(folder, **options).windows
+    return replay(choices, bench.engine)
 
 
 def write_folders(spool: Path, **recordings: bytes) -> None:

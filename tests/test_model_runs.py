@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,25 @@ import numpy as np
 import pytest
 import whisper
 
+from bench.fidelity import NEAR_TIE
 from bench.recordings import TEXT as STORY
 from bench.recordings import speak_sentences
 from bench.weights import base_folder
 from bench.words import word_error_rate
 from tests.held_batcher import CountsBlocks
-from tests.model_bench import Bench, all_of, check_equal, check_same, open_bench, speak_into, write_folders
-from tests.support import requires_program, speak_apart
+from tests.model_bench import (
+    Bench,
+    Job,
+    beside_each_other,
+    check_equal,
+    check_same,
+    fed_the_same,
+    hard_to_hear,
+    open_bench,
+    speak_into,
+    write_folders,
+)
+from tests.support import requires_program, speak, speak_apart
 from whisperd.model.coverage import Coverage, length_s
 from whisperd.model.fast import windows_of
 from whisperd.model.run import clips_of
@@ -54,6 +67,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spool = tmp_path_factory.mktemp("spool")
     speak_into(spool, TEXT, short=5, nothing=0)
     write_folders(spool, few=speak_apart(FEW, spool / "few.wav", every_s=10).read_bytes()[44:])
+    write_folders(spool, noisy=hard_to_hear(speak(FEW.split(".")[0], spool / "noisy.wav", voice="rms")))
     return spool
 
 
@@ -67,39 +81,50 @@ def base(spool: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return open_bench(str(base_folder(tmp_path_factory.mktemp("models"))), spool)
 
 
-@pytest.mark.parametrize(
-    ("folder", "options"),
-    [
-        ("speech", {"clip_timestamps": "0,8", "beam_size": 2, "temperature": 0}),
-        ("speech", {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "clip_timestamps": [10]}),
-    ],
-    ids=["beams", "silence"],
-)
-def test_tiny_en_says_what_upstream_says(tiny: Bench, folder: str, options: dict[str, Any]) -> None:
-    """More kinds of options: `test_batcher.py`."""
-    run, sent = tiny.begin(folder, **options)
-    upstream, words = tiny.upstream(folder, **options), options.get("word_timestamps", False)
-    check_equal(run.transcribe(), sent, upstream, words=words)
+def test_tiny_en_leaves_out_what_upstream_leaves_out_of_silence(tiny: Bench) -> None:
+    """Other options: `test_batcher.py`."""
+    options = {"word_timestamps": True, "hallucination_silence_threshold": 0.5, "clip_timestamps": [10]}
+    run, sent = tiny.begin("speech", **options)
+    check_equal(run.transcribe(), sent, tiny.upstream("speech", **options), words=True)
     assert tiny.hooks() == 0
 
 
+TWICE = [0, 2.5, 2.5, 5]  # two windows of few words
+RIVER = "A story of an old man and a river."
+ON_BASE: dict[str, Job] = {
+    "as it comes": ("few", {}),  # the language is detected, and the second window knows the first
+    "words in clips": ("short", {"word_timestamps": True, "clip_timestamps": TWICE}),
+    "translated": (
+        "short",
+        {
+            "language": "german", "task": "translate", "clip_timestamps": TWICE,
+            "condition_on_previous_text": False, "initial_prompt": RIVER,
+        },
+    ),
+    "a prompt for each window": (
+        "short", {"initial_prompt": RIVER, "carry_initial_prompt": True, "clip_timestamps": TWICE},
+    ),
+    "beams": ("short", {"beam_size": 5, "patience": 1.5, "temperature": 0, "language": "en"}),
+    # Hard to hear, so it is tried again and drawn.
+    "noisy": ("noisy", {"best_of": 2, "language": "en"}),
+}  # fmt: skip
+
+
 def test_base_hears_detects_and_translates_beside_each_other(base: Bench) -> None:
-    jobs: list[tuple[str, dict[str, Any]]] = [
-        ("few", {}),  # the language is detected, and the second window knows the first
-        ("short", {"word_timestamps": True}),
-        ("short", {"language": "german", "task": "translate"}),
-    ]
-    runs = [base.begin(folder, **options) for folder, options in jobs]
-    transcripts = all_of([run for run, _ in runs])
-    for (folder, options), (_, sent), transcript in zip(jobs, runs, transcripts, strict=True):
-        words = options.get("word_timestamps", False)
-        check_equal(transcript, sent, base.upstream(folder, **options), words=words)
-    few, short, translated = transcripts
+    names = random.Random(1).sample([*ON_BASE], len(ON_BASE))
+    transcripts, windows_a_step = beside_each_other(base, [ON_BASE[name] for name in names], upstream=base)
+    assert windows_a_step > 1.2
+    said = dict(zip(names, transcripts, strict=True))
+    few, translated = said["as it comes"], said["translated"]
     assert word_error_rate(FEW, few.text) < 0.1
     assert (few.model, few.language, translated.language) == ("base", "en", "de")
     assert not few.truncated
     assert few.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
-    assert short.segments[0].words
+    assert said["words in clips"].segments[0].words
+    assert min(segment.temperature for segment in said["noisy"].segments) > 0
+    changes = fed_the_same(base, [ON_BASE["as it comes"], ON_BASE["a prompt for each window"]])
+    assert len(changes) > 50
+    assert all(change <= NEAR_TIE for change in changes)
 
 
 def test_no_audio_at_all(base: Bench) -> None:
@@ -266,12 +291,15 @@ def test_fast_says_the_words_in_order_and_only_where_somebody_speaks(tiny: Bench
 
 
 def test_fast_gives_the_same_however_many_windows_are_decoded_together(tiny: Bench, with_silence: Path) -> None:
-    texts = []
+    texts, windows_a_step, counters = [], [], tiny.engine.counters
     for at_once in (1, 5):
         run, _ = tiny.begin("between", mode="fast", temperature=0, initial_prompt="An old man, a river.")
         run._fast_windows = at_once
+        steps, window_steps = counters.steps, counters.window_steps
         texts.append(run.transcribe().to_wire()["segments"])
+        windows_a_step.append((counters.window_steps - window_steps) / (counters.steps - steps))
     check_same(*texts)
+    assert windows_a_step[0] == 1 < 1.3 < windows_a_step[1]
 
 
 @pytest.mark.parametrize("folder", ["noise", "nothing"])
