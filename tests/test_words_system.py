@@ -95,7 +95,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prompt and clips": (
         "tiny.en", "harbour", {"initial_prompt": "A story of the sea.", "clip_timestamps": [3.0, 12.0]},
     ),
-    "language detected": ("base", "few words", {}),
     "translation": ("base", "harbour", {"language": "de", "task": "translate", "clip_timestamps": [0.0, 8.0]}),
 }  # fmt: skip
 
@@ -111,12 +110,32 @@ def test_tokens_are_upstreams(
     recording: str,
     options: dict[str, Any],
 ) -> None:
-    """The file is decoded here by us and there by openai-whisper."""
-    path, options = recordings[recording], {"temperature": 0.0} | options
+    options = {"temperature": 0.0} | options
     with daemon_of(model).client() as client:
-        ours = client.result(client.submit(path, options=options)["id"])["transcript"]
-    samples = whisper.load_audio(str(path))
-    theirs = whisper.transcribe(upstream_of(model), samples, fp16=False, verbose=None, **options)
+        ours = client.result(client.submit(recordings[recording], options=options)["id"])["transcript"]
+    check_upstreams(ours, upstream_of(model), recordings[recording], options)
+
+
+@requires_program("flite")
+@requires_program("ffmpeg")
+def test_base_detects_the_language_and_goes_on_where_its_process_was_killed(
+    daemon_of: Callable[[str], Daemon], upstream_of: Callable[[str], Any], recordings: Mapping[str, Path]
+) -> None:
+    daemon, options = daemon_of("base"), {"temperature": 0.0}
+    with daemon.client() as client:
+        job = client.submit(recordings["few words"], options=options)["id"]
+        client.send("subscribe", job=job)
+        first = client.receive_until(lambda message: message.get("event") == "segment", 240)
+        (process,) = daemon.helpers("whisperd.model.main")
+        process.kill()
+        client.receive_until(lambda message: message.get("state") == "queued" and message["seq"] > first["seq"])
+        ours = client.result(job)["transcript"]
+    check_upstreams(ours, upstream_of("base"), recordings["few words"], options)
+
+
+def check_upstreams(ours: dict[str, Any], model: Any, path: Path, options: dict[str, Any]) -> None:
+    """A transcript is openai-whisper's. The file was decoded there by us and is here by openai-whisper."""
+    theirs = whisper.transcribe(model, whisper.load_audio(str(path)), fp16=False, verbose=None, **options)
     assert tokens(ours) == tokens(theirs)
     assert ours["text"] == theirs["text"]
     assert ours["language"] == theirs["language"]
