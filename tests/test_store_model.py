@@ -120,8 +120,14 @@ class Queue(RuleBasedStateMachine):
         self.board.apply(change)
         for folder in change.folders:
             self.disk.remove(folder)  # KeyError: told twice, or never made
+        new = {event.job_id for event in change.events} - set(self.told)
         for event in change.events:
             self.told.setdefault(event.job_id, []).append(event)
+        for job_id in new:
+            # Nobody follows a job before he has its id: who then asks reads what its run has said until now.
+            past = self.events(job_id)
+            assert self.told[job_id] == [event for event in past if event.kind != "segment"]
+            self.told[job_id] = past
         for job_id in change.gone_jobs:
             del self.told[job_id]
 
