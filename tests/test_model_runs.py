@@ -93,20 +93,21 @@ TWICE = [0, 2.5, 2.5, 5]  # two windows of few words
 RIVER = "A story of an old man and a river."
 ON_BASE: dict[str, Job] = {
     "as it comes": ("few", {}),  # the language is detected, and the second window knows the first
-    "words in clips": ("short", {"word_timestamps": True, "clip_timestamps": TWICE}),
+    "words in a clip": ("short", {"word_timestamps": True, "clip_timestamps": [1, 4], "language": "en"}),
     "translated": (
         "short",
         {
-            "language": "german", "task": "translate", "clip_timestamps": TWICE,
+            "language": "german", "task": "translate", "temperature": 0, "clip_timestamps": TWICE,
             "condition_on_previous_text": False, "initial_prompt": RIVER,
         },
     ),
     "a prompt for each window": (
-        "short", {"initial_prompt": RIVER, "carry_initial_prompt": True, "clip_timestamps": TWICE},
+        "short",
+        {"initial_prompt": RIVER, "carry_initial_prompt": True, "clip_timestamps": TWICE, "language": "en"},
     ),
     "beams": ("short", {"beam_size": 5, "patience": 1.5, "temperature": 0, "language": "en"}),
     # Hard to hear, so it is tried again and drawn.
-    "noisy": ("noisy", {"best_of": 2, "language": "en"}),
+    "noisy": ("noisy", {"temperature": [0.0, 0.6], "best_of": 2, "language": "en"}),
 }  # fmt: skip
 
 
@@ -120,10 +121,10 @@ def test_base_hears_detects_and_translates_beside_each_other(base: Bench) -> Non
     assert (few.model, few.language, translated.language) == ("base", "en", "de")
     assert not few.truncated
     assert few.to_wire()["versions"].keys() == {"whisperd", "whisper", "torch"}
-    assert said["words in clips"].segments[0].words
+    assert said["words in a clip"].segments[0].words
     assert min(segment.temperature for segment in said["noisy"].segments) > 0
-    changes = fed_the_same(base, [ON_BASE["as it comes"], ON_BASE["a prompt for each window"]])
-    assert len(changes) > 50
+    changes = fed_the_same(base, [ON_BASE["as it comes"]])
+    assert len(changes) > 40
     assert all(change <= NEAR_TIE for change in changes)
 
 
